@@ -1,0 +1,221 @@
+"""The `retrikt` command: the whole run, each stage, status, prediction and serving.
+
+An error that a user can cause ends with one screen that names the culprit and exit code 1; `--debug` shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+import retrikt_ray
+
+DEFAULT_RUN = "runs/quickstart"
+
+
+class Retrikt(click.Group):
+    """Click's group, with one place for the errors of all commands."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from retrikt_ray.artifacts import ArtifactError
+        from retrikt_ray.settings import ConfigError
+        from retrikt_ray.taskdata import DataError
+
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, DataError, ArtifactError, RuntimeError, OSError) as error:
+            if ctx.params.get("debug"):
+                raise
+            click.secho("error: ", fg="red", bold=True, err=True, nl=False)
+            click.echo(str(error), err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is complete stays, the same command goes on from there", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Retrikt, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(retrikt_ray.__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """Take a large language model and a few hundred labelled rows, get a tiny student that retrieves."""
+
+
+def finish(run: Any) -> None:
+    """The summary of a finished run: the table, the report, and what to do next."""
+    from rich.table import Table
+
+    from retrikt_ray.progress import console
+
+    report = (run.artifact("report")).read_json("report.json")
+    table = Table(title=f"{report['task']}: {report['metric']} on {report['rows']['test']:,} test rows, {report['rows']['train']:,} labelled rows")
+    for name, justify in (("system", "left"), (report["metric"], "right"), ("of teacher", "right"), ("parameters", "right"), ("ms a text", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    whole = report["teacher"]["score"]["mean"]
+    for name, system in [("teacher", report["teacher"]), *report["systems"].items()]:
+        value = system["score"]
+        share = f"{value['mean'] / whole:.1%}" if whole > 0 else "-"
+        cells = (f"{value['mean']:.3f} ± {value['ci95']:.3f}", share, f"{system['parameters']:,}", f"{system['latency_ms']:.2f}")
+        table.add_row(name, *cells, style="bold" if name == "retrikt" else None)
+    console.print(table)
+    store = report["store"]
+    console.print(f"store: {store['kept']:,} rows kept of {store['by_source']}, rejected {store['rejected'] or 'none'}")
+    console.print(f"report: {run.artifact('report')}/report.html")
+    console.print(f"serve:  retrikt serve {run.folder}")
+
+
+def split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """[CONFIG] [key=value ...] -> (config, overrides)."""
+    from retrikt_ray.settings import ConfigError
+
+    files = [a for a in arguments if "=" not in a]
+    if len(files) > 1:
+        raise ConfigError(f"expected one config file, found {' and '.join(files)}; overrides are written key=value")
+    return (files[0] if files else None), [a for a in arguments if "=" in a]
+
+
+def default_out(config: str | None) -> str:
+    return DEFAULT_RUN if config is None else f"runs/{os.path.splitext(os.path.basename(config))[0]}"
+
+
+@main.command()
+@click.argument("arguments", nargs=-1, metavar="[CONFIG] [key=value]...")
+@click.option("--out", help="Run directory or URI. Default: runs/<name of the config>.")
+def run(arguments: tuple[str, ...], out: str | None) -> None:
+    """Run all stages; what is done is skipped."""
+    from retrikt_ray import config, pipeline
+
+    path, overrides = split_arguments(arguments)
+    opened = pipeline.open_run(out or default_out(path), config.load(path, overrides))
+    pipeline.run_all(opened)
+    finish(opened)
+
+
+@main.command()
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@click.option("--out", default=DEFAULT_RUN, show_default=True, help="Run directory.")
+def quickstart(overrides: tuple[str, ...], out: str) -> None:
+    """The packaged task and language model, offline, in a few minutes."""
+    from retrikt_ray import config, pipeline
+
+    opened = pipeline.open_run(out, config.load(None, overrides))
+    pipeline.run_all(opened)
+    finish(opened)
+
+
+def stage_command(name: str, summary: str) -> None:
+    """One command per stage: `retrikt generate RUN [key=value ...]`."""
+
+    @main.command(name, help=summary)
+    @click.argument("run_uri", metavar="RUN")
+    @click.argument("arguments", nargs=-1, metavar="[CONFIG] [key=value]...")
+    @click.option("--force", is_flag=True, help="Run even if it is done.")
+    def command(run_uri: str, arguments: tuple[str, ...], force: bool) -> None:
+        import yaml
+
+        from retrikt_ray import config, pipeline
+        from retrikt_ray.artifacts import Folder
+        from retrikt_ray.settings import ConfigError
+
+        path, overrides = split_arguments(arguments)
+        folder = Folder.at(run_uri)
+        if path is None and folder.exists("config.yaml"):
+            before = pipeline.load_config(folder)
+            opened_config = config.parse(yaml.safe_dump(before.model_dump(mode="json")), f"{folder}/config.yaml", overrides)
+        elif path is None and name != "prepare":
+            raise ConfigError(f"{folder} is not a run directory: it has no config.yaml; begin with `retrikt prepare {run_uri} CONFIG`")
+        else:
+            opened_config = config.load(path, overrides)
+        pipeline.run_all(pipeline.open_run(run_uri, opened_config), only=name, force=force)
+
+
+STAGE_HELP: dict[str, str] = {
+    "prepare": "1. Read, check and sample the task.",
+    "teach": "2. Tune the generation prompt and the annotator.",
+    "reinforce": "3. PPO on the generation prompt.",
+    "generate": "4. Generate texts.",
+    "annotate": "5. Label, embed and filter them: the store.",
+    "distill": "6. Train the student.",
+    "index": "7. Build the index.",
+    "evaluate": "8. Score everything on test and write the report.",
+}
+for _name, _help in STAGE_HELP.items():
+    stage_command(_name, _help)
+
+
+@main.command()
+@click.argument("run_uri", metavar="RUN")
+def status(run_uri: str) -> None:
+    """What is done, stale, missing or damaged, and how long it took."""
+    from rich.table import Table
+
+    from retrikt_ray import artifacts, pipeline
+    from retrikt_ray.progress import console
+
+    opened = pipeline.load_run(run_uri)
+    table = Table(title=str(opened.folder))
+    for name in ("stage", "state", "seconds", "rows", "figures"):
+        table.add_column(name, justify="right" if name == "seconds" else "left")
+    for stage in pipeline.STAGES:
+        manifest, state = artifacts.read_manifest(opened.artifact(stage.outputs[0])), str(opened.state(stage))
+        if manifest is not None:
+            try:
+                for name in stage.outputs:
+                    artifacts.check(opened.artifact(name))
+            except artifacts.ArtifactError as error:
+                state = f"damaged: {error}"
+            rows = ", ".join(f"{k} {v:,}" for k, v in manifest.rows.items())
+            table.add_row(stage.name, state, f"{manifest.seconds:.1f}", rows, pipeline.sentence(manifest.summary))
+        else:
+            table.add_row(stage.name, state, "", "", "")
+    console.print(table)
+
+
+@main.command()
+@click.argument("run_uri", metavar="RUN")
+@click.argument("texts", nargs=-1, required=True)
+@click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours to show.")
+def predict(run_uri: str, texts: tuple[str, ...], neighbours: int) -> None:
+    """Answer texts, with the evidence. In pair tasks write TEXT ||| SECOND TEXT."""
+    from retrikt_ray.predictor import Predictor
+    from retrikt_ray.progress import console
+    from retrikt_ray.settings import ConfigError
+
+    predictor = Predictor.open(run_uri)
+    inputs: list[tuple[str, str | None]] = []
+    for text in texts:
+        first, mark, second = text.partition("|||")
+        if bool(mark) != predictor.task["pair"] or not first.strip() or (mark and not second.strip()):
+            want = "TEXT ||| SECOND TEXT" if predictor.task["pair"] else "one text"
+            raise ConfigError(f"the task {predictor.task['name']} takes {want}; found {text!r}")
+        inputs.append((first.strip(), second.strip() if mark else None))
+    found = predictor.predict(inputs)
+    for i, text in enumerate(texts):
+        label, score = predictor.named(found.answers[i])
+        console.print(f"[bold]{label}[/bold] {score:.2f}  {text}", markup=True)
+        for position, similarity in zip(found.positions[i][:neighbours], found.similarities[i], strict=False):
+            if position >= 0:
+                row = predictor.row(int(position))
+                shown = row["text"] if row["text_pair"] is None else f"{row['text']} ||| {row['text_pair']}"
+                console.print(f"    {similarity:.2f}  {row['label']} ({row['source']}): {shown}", markup=False)
+
+
+@main.command()
+@click.argument("run_uri", metavar="RUN")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True)
+@click.argument("arguments", nargs=-1, metavar="[key=value]...")
+def serve(run_uri: str, host: str, port: int, arguments: tuple[str, ...]) -> None:
+    """Serve student and retrieval over HTTP, with a page to try it."""
+    from retrikt_ray.config import override
+    from retrikt_ray.serving import serve_run
+
+    args: dict[str, Any] = {}
+    for item in arguments:
+        override(args, item)
+    serve_run(run_uri, host, port, args)
+
+

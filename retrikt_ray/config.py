@@ -1,0 +1,137 @@
+"""The config of a run: one section per stage, loaded strictly from YAML, with `stage.key=value` overrides.
+
+The sections live beside the stages they configure; this module only puts them together, loads them and writes their documentation
+(`python -m retrikt_ray.config > docs/configuration.md`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from retrikt_ray.annotate import AnnotateConfig
+from retrikt_ray.distill import DistillConfig
+from retrikt_ray.evaluate import EvaluateConfig
+from retrikt_ray.generate import GenerateConfig
+from retrikt_ray.index import IndexConfig
+from retrikt_ray.prepare import PrepareConfig
+from retrikt_ray.reinforce import ReinforceConfig
+from retrikt_ray.settings import ConfigError, Section, explain, nearest_key
+from retrikt_ray.teach import TeachConfig
+
+
+class RunConfig(Section):
+    """One run: one task, one teacher, one seed."""
+
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn: rows, batches, generated texts, weights.")
+    prepare: PrepareConfig = PrepareConfig()
+    teach: TeachConfig = TeachConfig()
+    reinforce: ReinforceConfig = ReinforceConfig()
+    generate: GenerateConfig = GenerateConfig()
+    annotate: AnnotateConfig = AnnotateConfig()
+    distill: DistillConfig = DistillConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, where plain YAML lets the last one win in silence."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A config from YAML text and `key.path=value` overrides. Raises ConfigError that names the key and the nearest valid one."""
+    try:
+        data = yaml.load(text, _StrictLoader) or {}  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}, {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: found {type(data).__name__}, expected a mapping of sections such as `prepare:`")
+    for item in overrides:
+        override(data, item)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, RunConfig, where if not overrides else f"{where} with {' '.join(overrides)}") from None
+
+
+def override(data: dict[str, Any], item: str) -> None:
+    """Put `distill.epochs=3` into the nested mapping; the value is YAML."""
+    path, equals, value = item.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"override {item!r}: expected key=value, e.g. distill.epochs=3")
+    *parents, leaf = path.split(".")
+    for key in parents:
+        data = data.setdefault(key, {})
+        if not isinstance(data, dict):
+            near = nearest_key(RunConfig, path)
+            raise ConfigError(f"override {item!r}: {key} is not a section" + (f"; did you mean {near}?" if near else ""))
+    try:
+        data[leaf] = yaml.load(value, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {item!r}: the value is not YAML ({error})") from None
+
+
+def load(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a file, or the defaults (the packaged quickstart) where no file is given."""
+    if path is None:
+        return parse("", "the defaults", overrides)
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        return parse(file.read_text(encoding="utf-8"), path, overrides)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def documentation() -> str:
+    """Markdown tables of every key, from the models themselves."""
+    lines = [
+        "# Configuration",
+        "",
+        "One YAML file a run; every key has a default. On the command line, `section.key=value` overrides the file.",
+        "Unknown keys are errors. Keys of scale (workers, CPUs, GPUs) may change without making artifacts stale.",
+        "",
+        "_Generated by `make docs` from the models in the package; do not edit._",
+    ]
+
+    def table(model: type[BaseModel], title: str) -> None:
+        lines.extend(["", f"## {title}", "", (model.__doc__ or "").strip().split("\n")[0], "", "| key | type | default | meaning |", "|---|---|---|---|"])
+        for name, info in model.model_fields.items():
+            kind = info.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                continue
+            shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+            default = yaml.safe_dump(info.default, default_flow_style=True).strip().removesuffix("...").strip()
+            cells = [f"`{name}`", shown.replace("|", "\\|"), f"`{default}`", (info.description or "").replace("|", "\\|")]
+            lines.append("| " + " | ".join(cells) + " |")
+
+    table(RunConfig, "(top level)")
+    for name, info in RunConfig.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            table(info.annotation, name)
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(documentation(), end="")

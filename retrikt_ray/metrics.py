@@ -1,0 +1,68 @@
+"""Scores and their uncertainty. Pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+
+def decide(answers: np.ndarray) -> np.ndarray:
+    """The decision of each row: the likeliest class of (N, C) probabilities, or the value of (N, 1) predictions. (N,)"""
+    return answers[:, 0] if answers.shape[1] == 1 else answers.argmax(1)
+
+
+def score(metric: str, truth: Sequence[float] | np.ndarray, answers: np.ndarray) -> float:
+    """The metric of answers (N, C or 1) against truth (N,): class ids, or numbers in regression.
+
+    A correlation with a constant prediction is undefined; it counts as 0, as no skill was shown.
+    """
+    truth, got = np.asarray(truth), decide(np.asarray(answers))
+    if metric == "accuracy":
+        return float((truth == got).mean())
+    if metric == "matthews":
+        return float(matthews_corrcoef(truth, got))
+    if metric == "macro_f1":
+        return float(f1_score(truth, got, average="macro"))
+    if np.ptp(got) == 0 or np.ptp(truth) == 0:
+        return 0.0
+    return float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(truth, got).statistic)
+
+
+def bootstrap_ci95(metric: str, truth: np.ndarray, answers: np.ndarray, rounds: int = 500) -> float:
+    """Half-width of the 95 % bootstrap interval over the test rows (Efron 1979, percentile method)."""
+    return _half_width([score(metric, truth[i], answers[i]) for i in _resamples(len(truth), rounds)])
+
+
+def paired_ci95(metric: str, truth: np.ndarray, first: np.ndarray, second: np.ndarray, rounds: int = 500) -> tuple[float, float]:
+    """Difference first - second on the same rows, and the half-width of its 95 % paired bootstrap interval."""
+    differences = [score(metric, truth[i], first[i]) - score(metric, truth[i], second[i]) for i in _resamples(len(truth), rounds)]
+    return score(metric, truth, first) - score(metric, truth, second), _half_width(differences)
+
+
+def _resamples(count: int, rounds: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, count, count) for _ in range(rounds)]
+
+
+def _half_width(values: list[float]) -> float:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(high - low) / 2
+
+
+def reliability(truth: np.ndarray, probs: np.ndarray, bins: int = 10) -> tuple[list[dict[str, float]], float]:
+    """Reliability diagram and expected calibration error (Guo et al. 2017, section 2) with equal-width bins of the top probability.
+
+    Returns one {confidence, accuracy, count} per bin that has rows, and the error.
+    """
+    top, right = probs.max(1), probs.argmax(1) == truth
+    which = np.minimum((top * bins).astype(int), bins - 1)
+    rows = []
+    for b in range(bins):
+        inside = which == b
+        if inside.any():
+            rows.append({"confidence": float(top[inside].mean()), "accuracy": float(right[inside].mean()), "count": int(inside.sum())})
+    error = sum(r["count"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / len(truth)
+    return rows, float(error)

@@ -1,0 +1,236 @@
+"""The run: which stage reads and writes what, which are done, which are stale, and doing the rest in order.
+
+A run directory holds one folder per artifact, `config.yaml` (resolved), and `logs/`. A stage is skipped when its artifacts are complete and
+their fingerprint is that of today's config, inputs and code version; otherwise it runs again, and so does what hangs on it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from retrikt_ray import artifacts
+from retrikt_ray.artifacts import ArtifactError, Folder, Manifest, digest, read_manifest
+from retrikt_ray.config import RunConfig
+from retrikt_ray.prepare import source_digest
+from retrikt_ray.progress import console
+from retrikt_ray.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: a function `retrikt_ray.<name>:<name>` of (config section, inputs, outputs, seed)."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]  # the first is the one that says "done": it is sealed last
+
+    def module(self) -> Any:
+        return importlib.import_module(f"retrikt_ray.{self.name}")
+
+
+STAGES = (
+    Stage("prepare", (), ("task",)),
+    Stage("teach", ("task",), ("teacher",)),
+    Stage("reinforce", ("task", "teacher"), ("policy",)),
+    Stage("generate", ("task", "teacher", "policy"), ("generated",)),
+    Stage("annotate", ("task", "teacher", "generated"), ("store", "rejected")),
+    Stage("distill", ("task", "teacher", "store"), ("student",)),
+    Stage("index", ("task", "store", "student"), ("index",)),
+    Stage("evaluate", ("task", "teacher", "policy", "store", "rejected", "student", "index"), ("report",)),
+)
+BY_NAME = {stage.name: stage for stage in STAGES}
+MADE_BY = {output: stage for stage in STAGES for output in stage.outputs}
+
+State = Literal["done", "stale", "partial", "missing"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and its config."""
+
+    folder: Folder
+    config: RunConfig
+
+    def artifact(self, name: str) -> Folder:
+        return self.folder / name
+
+    @property
+    def log_file(self) -> Path | None:
+        return Path(self.folder.uri) / "logs" / "ray.log" if self.folder.is_local else None
+
+    def fingerprint(self, stage: Stage) -> str | None:
+        """What the stage's artifacts depend on, or None while an input is not there."""
+        contents = {}
+        for name in stage.inputs:
+            manifest = read_manifest(self.artifact(name))
+            if manifest is None:
+                return None
+            contents[name] = manifest.content
+        return digest(
+            {
+                "stage": stage.name,
+                "version": stage.module().VERSION,
+                "seed": self.config.seed,
+                "config": getattr(self.config, stage.name).fingerprint_view(),
+                "inputs": contents,
+                "source": source_digest(self.config.prepare) if stage.name == "prepare" else None,
+            }
+        )
+
+    def state(self, stage: Stage) -> State:
+        """done: complete and current; stale: complete, but config, inputs or code changed; partial: begun; missing."""
+        found = [read_manifest(self.artifact(name)) for name in stage.outputs]
+        if all(m is not None for m in found):
+            current = self.fingerprint(stage)
+            return "done" if all(m is not None and m.fingerprint == current for m in found) else "stale"
+        return "partial" if any(self.artifact(name).exists() for name in stage.outputs) else "missing"
+
+
+def open_run(out: str, config: RunConfig) -> Run:
+    """Take a directory for a run of this config. Raises ConfigError when it holds a run of another task or seed, or is not writable."""
+    folder = Folder.at(out)
+    if folder.exists("config.yaml"):
+        theirs = load_config(folder)
+        if (theirs.prepare, theirs.seed) != (config.prepare, config.seed):
+            old, new = ({"seed": c.seed, **c.prepare.model_dump()} for c in (theirs, config))
+            changed = ", ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in old if old[k] != new[k])
+            raise ConfigError(f"{folder} holds a run of another task ({changed}); choose another --out, or remove the folder")
+    elif folder.exists() and folder.files():
+        raise ConfigError(f"{folder} is not a run directory: it has files but no config.yaml; choose another --out")
+    try:
+        folder.write_json(".writable", {})
+        folder.remove(".writable")
+        folder.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run directory {folder}: {error.strerror or error}") from None
+    return Run(folder, config)
+
+
+def load_config(folder: Folder) -> RunConfig:
+    from retrikt_ray.config import parse
+
+    return parse(folder.read_bytes("config.yaml").decode(), f"{folder}/config.yaml")
+
+
+def load_run(uri: str) -> Run:
+    """An existing run. Raises ArtifactError when the folder is not one."""
+    folder = Folder.at(uri)
+    if not folder.exists("config.yaml"):
+        raise ArtifactError(f"{folder} is not a run directory: it has no config.yaml")
+    return Run(folder, load_config(folder))
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep a second driver off a local run directory. The kernel drops the lock when its holder dies, however it dies."""
+    if not run.folder.is_local:
+        yield
+        return
+    import fcntl
+
+    with open(Path(run.folder.uri) / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working on {run.folder}; wait for it or choose another --out") from None
+        yield
+
+
+def check_inputs(run: Run, stage: Stage) -> None:
+    """Compare every input with its manifest, SHA-256 included, before anything is made from it."""
+    for name in stage.inputs:
+        made_by = MADE_BY[name].name
+        if read_manifest(run.artifact(name)) is None:
+            raise ConfigError(f"{stage.name} needs {run.artifact(name)}, which is not complete; run `retrikt {made_by} {run.folder}` first")
+        try:
+            artifacts.check(run.artifact(name), deep=True)
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}. Remove {run.artifact(name)} and run again: {made_by} and what hangs on it are redone") from None
+
+
+def run_stage(run: Run, stage: Stage) -> Manifest:
+    """Run one stage from its inputs to sealed outputs."""
+    check_inputs(run, stage)
+    fingerprint = run.fingerprint(stage)
+    assert fingerprint is not None
+    outputs = {name: run.artifact(name) for name in stage.outputs}
+    for folder in outputs.values():
+        artifacts.open_draft(folder, fingerprint)
+    # Checkpoints of training live beside the artifacts, under the fingerprint, so that another config never resumes from them.
+    scratch = run.folder / f".scratch/{stage.name}-{fingerprint[:12]}"
+    started = time.time()
+    section = getattr(run.config, stage.name)
+    work = getattr(stage.module(), stage.name)
+    inputs = {name: run.artifact(name) for name in stage.inputs}
+    summary = work(section, inputs, outputs | {"scratch": scratch}, seed=run.config.seed)
+    manifest: Manifest | None = None
+    for name in reversed(stage.outputs):
+        manifest = artifacts.seal(
+            outputs[name],
+            stage=stage.name,
+            fingerprint=fingerprint,
+            config=section.fingerprint_view(),
+            inputs={n: (read_manifest(f) or _gone(f)).content for n, f in inputs.items()},
+            seed=run.config.seed,
+            started=started,
+            summary=summary,
+        )
+    scratch.remove()
+    assert manifest is not None
+    return manifest
+
+
+def _gone(folder: Folder) -> Manifest:
+    raise ArtifactError(f"{folder} disappeared while the stage ran")
+
+
+def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
+    """Run what is not done, in order; `only`: that stage alone; `force`: even if it is done."""
+    from retrikt_ray import cluster
+
+    connected = False
+    with locked(run):
+        for stage in STAGES:
+            if only and stage.name != only:
+                continue
+            if not (force and only) and run.state(stage) == "done":
+                for name in stage.outputs:
+                    try:
+                        artifacts.check(run.artifact(name))
+                    except ArtifactError as error:
+                        raise ArtifactError(f"{error}. Remove {run.artifact(name)} and run again: it is made anew") from None
+                console.print(f"[dim]{stage.name:<10} done before, skipped[/dim]")
+                continue
+            if not connected and stage.name != "prepare":
+                cluster.connect(run.log_file)
+                preflight(run)
+                connected = True
+            if force and only:
+                for name in stage.outputs:
+                    run.artifact(name).remove()
+            manifest = run_stage(run, stage)
+            console.print(f"[bold]{stage.name:<10}[/bold] {manifest.seconds:7.1f} s  {sentence(manifest.summary)}")
+
+
+def preflight(run: Run) -> None:
+    """Refuse before the first minute of work what the cluster can never give in the last."""
+    from retrikt_ray.cluster import plan
+    from retrikt_ray.settings import Scaled
+
+    for stage in STAGES:
+        section = getattr(run.config, stage.name)
+        if isinstance(section, Scaled):
+            plan(section, stage.name)
+
+
+def sentence(summary: dict[str, Any]) -> str:
+    """A stage's own figures on one line."""
+    return ", ".join(f"{k.replace('_', ' ')} {v:,}" if isinstance(v, int) else f"{k.replace('_', ' ')} {v}" for k, v in summary.items())

@@ -1,0 +1,103 @@
+"""Progress of long work: a live bar on a terminal, a line every few seconds in a log.
+
+Workers run in other processes; they tell a small Ray actor how far they are, and the driver draws what it says.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(highlight=False, soft_wrap=True)
+LOG_EVERY_S = 10.0
+
+
+@dataclass
+class Tracker:
+    """One piece of work with a known size: `advance` it, or `set` it with a note such as "loss 1.23"."""
+
+    label: str
+    total: float
+    unit: str
+    bar: Progress | None
+    done: float = 0.0
+    note: str = ""
+    began: float = field(default_factory=time.monotonic)
+    _last_line: float = field(default_factory=time.monotonic)
+    _task: Any = None
+
+    def advance(self, by: float = 1, note: str = "") -> None:
+        self.set(self.done + by, note)
+
+    def set(self, done: float, note: str = "", total: float | None = None) -> None:
+        self.done, self.note = done, note or self.note
+        self.total = total or self.total
+        if self.bar is not None:
+            self.bar.update(self._task, completed=done, total=self.total, note=f"{self.rate():.3g} {self.unit}/s  {self.note}")
+        elif time.monotonic() - self._last_line > LOG_EVERY_S:
+            self._last_line = time.monotonic()
+            left = (self.total - done) / self.rate() if self.rate() else 0
+            console.print(f"{self.label}: {done:g}/{self.total:g} {self.unit}, {self.rate():.3g}/s, {left:.0f} s left  {self.note}")
+
+    def rate(self) -> float:
+        return self.done / max(1e-6, time.monotonic() - self.began)
+
+
+@contextmanager
+def track(label: str, total: float, unit: str) -> Iterator[Tracker]:
+    """Show progress while the block runs."""
+    if not console.is_terminal:
+        yield Tracker(label, total, unit, None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:
+        tracker = Tracker(label, total, unit, bar)
+        tracker._task = bar.add_task(label, total=total, note="")
+        yield tracker
+
+
+class Board:
+    """Body of the Ray actor that workers report to: the last word wins."""
+
+    def __init__(self) -> None:
+        self.state: tuple[float, float, str] = (0.0, 0.0, "")
+
+    def post(self, done: float, total: float, note: str) -> None:
+        self.state = (done, total, note)
+
+    def read(self) -> tuple[float, float, str]:
+        return self.state
+
+
+@contextmanager
+def follow(label: str, unit: str) -> Iterator[Any]:
+    """Show what workers post on a board while the block (which blocks the driver) runs. Yields the board's actor handle."""
+    import ray
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    stop = threading.Event()
+
+    def poll(tracker: Tracker) -> None:
+        while not stop.wait(0.5):
+            try:
+                done, total, note = ray.get(board.read.remote(), timeout=5)
+            except ray.exceptions.RayError:  # the board is only a view: the work itself reports its own failure
+                continue
+            if total:
+                tracker.set(done, note, total)
+
+    with track(label, 0, unit) as tracker:
+        thread = threading.Thread(target=poll, args=(tracker,), daemon=True)
+        thread.start()
+        try:
+            yield board
+        finally:
+            stop.set()
+            thread.join(timeout=6)
+            ray.kill(board)

@@ -1,0 +1,230 @@
+"""Serving a run over HTTP on Ray Serve.
+
+Each replica is ingress and student at once: FastAPI reads and checks requests (`api.py`), `@serve.batch` gathers the texts of concurrent
+ones, and one thread runs student and index over the batch. One process and no hop was the fastest of the layouts that were measured, and
+one thread keeps the event loop free, also where Serve's throughput mode shares it with user code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, ValidationError
+from ray import serve
+from starlette.responses import JSONResponse
+
+from retrikt_ray.api import Refusal, build_api, read_texts
+from retrikt_ray.artifacts import Folder
+from retrikt_ray.predictor import Prediction, Predictor
+from retrikt_ray.settings import ConfigError, Section, explain
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from retrikt_ray.classifier import Text
+
+APP = "retrikt"
+
+
+class ServeArgs(Section):
+    """What `retrikt serve`, or the `args` of a Serve config, can say."""
+
+    run: str = Field(description="Run directory or its URI; on a cluster an absolute path or URI that every node can read.")
+    replicas: int = Field(1, ge=1, description="Replicas, each with its own copy of the student and the index memory-mapped.")
+    threads: int = Field(1, ge=1, description="CPUs a replica reserves, and its torch and FAISS threads.")
+    max_batch: int = Field(64, ge=1, description="Requests answered together at most.")
+    batch_wait_ms: float = Field(5, ge=0, description="How long a request waits for others to be answered with.")
+    max_texts: int = Field(256, ge=1, description="Texts in one request; more are refused with 413.")
+    max_text_chars: int = Field(20_000, ge=1, description="Characters of one text; longer ones are refused with 413.")
+    max_body_bytes: int = Field(
+        4_000_000, ge=1, description="Bytes of a request body; a larger one is refused with 413 before it is parsed."
+    )
+    max_queued: int = Field(
+        200, ge=0, description="Requests that wait in a replica beside two full batches; further ones get 503 with Retry-After."
+    )
+
+
+def parse_args(args: dict[str, Any]) -> ServeArgs:
+    """Raises ConfigError that names the unknown or wrong key."""
+    try:
+        return ServeArgs.model_validate(args)
+    except ValidationError as error:
+        raise explain(error, ServeArgs, "args of the Serve app") from None
+
+
+class Endpoint:
+    """One replica: a Predictor, the thread it works in, and the routes."""
+
+    def __init__(self, args: dict[str, Any]) -> None:
+        self.args = ServeArgs(**args)
+        self.active = 0
+        # Thread counts of OpenMP belong to a thread, and fast tokenizers are not for two threads at once: one thread opens and answers.
+        self.worker = ThreadPoolExecutor(1, "predictor")
+        self.predictor = self.worker.submit(open_predictor, self.args).result()
+        batched: Any  # Serve's own type hides its setters
+        for batched in (self.predict_batch, self.retrieve_batch):
+            batched.set_max_batch_size(self.args.max_batch)
+            batched.set_batch_wait_timeout_s(self.args.batch_wait_ms / 1000)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self)
+
+    @serve.batch
+    async def predict_batch(self, requests: list[tuple[list[Text], Callable[[Prediction], Any]]]) -> list[Any]:
+        """Answer several requests, each (texts, how to write its part of the prediction), in one pass."""
+
+        def work() -> list[Any]:
+            every = self.predictor.predict([t for texts, _ in requests for t in texts])
+            parts = split(requests, every.answers, every.student, every.positions, every.similarities)
+            return [write(Prediction(*part)) for (_, write), part in zip(requests, parts, strict=True)]
+
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+
+    @serve.batch
+    async def retrieve_batch(self, requests: list[tuple[list[Text], int]]) -> list[Any]:
+        """The k nearest rows for the texts of several requests, each (texts, k), in one pass."""
+
+        def work() -> list[Any]:
+            _, positions, similarities = self.predictor.retrieve([t for texts, _ in requests for t in texts], max(k for _, k in requests))
+            parts = split(requests, positions, similarities)
+            return [
+                [self.neighbours(p[:k], s[:k]) for p, s in zip(*part, strict=True)] for (_, k), part in zip(requests, parts, strict=True)
+            ]
+
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+
+    async def answer(self, batched: Callable[[Any], Any], inputs: Any, asked: Any) -> JSONResponse:
+        """Check the texts, wait for a batch, and answer one text by one object and a list by a list."""
+        texts = read_texts(inputs, self.predictor.task["pair"], self.args)
+        if self.active >= capacity(self.args):
+            raise Refusal(503, f"{self.active} requests are waiting already", "the same request a second later", {"Retry-After": "1"})
+        self.active += 1
+        try:
+            answers = await batched((texts, asked))
+        finally:
+            self.active -= 1
+        return JSONResponse(answers if isinstance(inputs, list) else answers[0])
+
+    def scores(self, answer: np.ndarray) -> list[dict[str, Any]]:
+        """Labels and scores of one answer (C,), best first; a regression's value is the score of LABEL_0, as Hugging Face has it."""
+        if len(answer) == 1:
+            return [{"label": "LABEL_0", "score": float(answer[0])}]
+        return [{"label": self.predictor.task["labels"][i], "score": float(answer[i])} for i in np.argsort(-answer, kind="stable")]
+
+    def neighbours(self, positions: np.ndarray, similarities: np.ndarray) -> list[dict[str, Any]]:
+        """Rows of the store with their similarity, nearest first."""
+        found = [self.predictor.row(int(p)) | {"similarity": float(s)} for p, s in zip(positions, similarities, strict=True) if p >= 0]
+        return [{key: row[key] for key in ("id", "text", "text_pair", "source", "label", "score", "similarity")} for row in found]
+
+    def explanations(self, part: Prediction) -> list[dict[str, Any]]:
+        """Per text: the answer, the student's own, the neighbours that voted, and the weights of both."""
+        mixture = self.predictor.info()["mixture"]
+        rows = zip(part.answers, part.student, part.positions, part.similarities, strict=True)
+        return [
+            {"prediction": self.scores(a), "student": self.scores(own), "neighbours": self.neighbours(p, s), "mixture": mixture}
+            for a, own, p, s in rows
+        ]
+
+
+def open_predictor(args: ServeArgs) -> Predictor:
+    """Open the run in the thread that will answer."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    return Predictor.open(args.run, args.threads)
+
+
+def split(requests: list[tuple[list[Text], Any]], *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """Cut arrays over the texts of all requests into the requests' own."""
+    edges = np.cumsum([len(texts) for texts, _ in requests])[:-1]
+    return list(zip(*(np.split(a, edges) for a in arrays), strict=True))
+
+
+def capacity(args: ServeArgs) -> int:
+    """Requests that a replica takes: a batch in work, one being gathered, and those that wait."""
+    return 2 * args.max_batch + args.max_queued
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The Serve application; YAML names it as `retrikt_ray.serving:build_app`. Raises ConfigError that names a wrong key."""
+    parsed = parse_args(args)
+    parsed = parsed.model_copy(update={"run": Folder.at(parsed.run).uri})  # a replica's working directory is another
+    deployment = serve.deployment(
+        name="Endpoint",
+        num_replicas=parsed.replicas,
+        ray_actor_options={"num_cpus": parsed.threads},
+        max_ongoing_requests=capacity(parsed) + 16,  # beyond `capacity` the replica itself refuses, in JSON
+        max_queued_requests=capacity(parsed),
+        max_constructor_retry_count=2,  # an artifact that cannot be opened stays so
+        graceful_shutdown_wait_loop_s=0.2,
+    )(serve.ingress()(Endpoint))
+    return deployment.bind(parsed.model_dump())
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where nothing can listen: Serve itself would only log it and retry."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+
+
+def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
+    """Serve a run on this machine until SIGINT or SIGTERM (`retrikt serve RUN`).
+
+    1. Refuse a bad argument, a busy port, and a damaged artifact before anything starts.  2. Start Ray and Serve.  3. Wait.  4. Shut down.
+    """
+    from retrikt_ray import cluster
+    from retrikt_ray.progress import console
+
+    # 1. refuse
+    app = build_app(args | {"run": run})
+    if os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            "RAY_ADDRESS is set: `retrikt serve` starts a server of its own; on a cluster use `serve deploy serve/retrikt.yaml`"
+        )
+    check_port(host, port)
+    predictor = Predictor.open(run)
+    example = {"text": "a text", "text_pair": "another"} if predictor.task["pair"] else "a text"
+    del predictor  # the replica opens its own
+
+    # 2. start
+    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody takes over from a server that stops
+    stop = threading.Event()
+    import ray
+
+    try:
+        cluster.connect()
+        serve.start(http_options={"host": host, "port": port})
+        cluster.quiet(None)  # Serve has just given its logger a handler
+        serve.run(app, name=APP)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+
+        # 3. wait
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        body = json.dumps({"inputs": example})
+        console.print(f"serving {run} on {url} (page, API in /openapi.json); Ctrl-C stops", markup=False)
+        console.print(f"  curl -H 'Content-Type: application/json' -d '{body}' {url}/predict", markup=False)
+        stop.wait()
+        console.print("stopping", markup=False)
+    except KeyboardInterrupt:  # before the handler was there
+        console.print("stopped before the server was ready", markup=False)
+    finally:
+        # 4. shut down
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
