@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from retrikt_ray.serving import Endpoint, ServeArgs
 
 ROUTES = "GET /, /health, /info, /openapi.json; POST /predict, /retrieve, /explain"
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'"
-)
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log file
 
 

@@ -4,6 +4,10 @@ Three kinds behind one face:
   prompt    the frozen base LM, a soft prompt in front of the text, a linear head
   base      a copy of the base LM, fine-tuned whole, with a linear head
   <path>    any encoder or LM (`AutoModel`), fine-tuned whole, with a linear head: often the best annotator
+
+The head of an encoder reads the mean of its last states. The head of an LM reads three things at once (concat pooling, after Howard & Ruder
+2018, section 3.3): the mean token embedding, and the mean and maximum of the states of its middle layer, where an LM knows most of the text
+and least of the next token. docs/lab-notes.md has the figures.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm
 from transformers import AutoModel, AutoTokenizer
 
 from retrikt_ray.artifacts import Folder
 from retrikt_ray.lm import model_path, pick_device, pick_dtype
+
+HEAD_DROPOUT = 0.2
 
 Text = tuple[str, str | None]  # a text and, in pair tasks, its second text
 
@@ -29,17 +36,28 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
+def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over the real tokens. hidden (B, T, d), mask (B, T) -> (B, d)."""
+    return hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
+
+
+def is_lm(backbone: Any) -> bool:
+    """Whether the checkpoint was trained as a causal LM."""
+    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in backbone.config.architectures or [])
+
+
 class Classifier(nn.Module):
-    """backbone -> mean over the text's tokens -> linear head.
+    """backbone -> pooling over the text's tokens -> linear head.
 
     `outputs` is the number of classes, or 1 for regression, whose targets are standardised by `shift` and `scale`.
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int) -> None:
+    def __init__(self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int, concat: bool) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.max_tokens = backbone, tokenizer, max_tokens
         dim = backbone.get_input_embeddings().weight.shape[1]
-        width = backbone.config.hidden_size
+        self.concat = concat
+        width = backbone.config.hidden_size * (3 if self.concat else 1)
         self.soft = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02) if soft_tokens else None
         self.head = nn.Linear(width, outputs)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -57,7 +75,7 @@ class Classifier(nn.Module):
         trained = kind != "prompt"  # weights that an optimizer updates stay float32
         backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if trained else pick_dtype(dtype, device))
         tokenizer = AutoTokenizer.from_pretrained(path)
-        return Classifier(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens).to(device)
+        return Classifier(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens, is_lm(backbone)).to(device)
 
     @property
     def device(self) -> torch.device:
@@ -85,14 +103,21 @@ class Classifier(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, outputs) and the embedding that the head reads, (B, width); both float32."""
         if self.soft is None:
-            hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+            out = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=self.concat)
+            skip = 0
         else:
             tokens = self.backbone.get_input_embeddings()(ids)
-            soft = self.soft.to(tokens.dtype)[None].expand(len(ids), -1, -1)
-            full = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, soft.shape[1]), mask], 1)
-            hidden = self.backbone(inputs_embeds=torch.cat([soft, tokens], 1), attention_mask=full).last_hidden_state[:, soft.shape[1] :]
-        pooled = mean_pool(hidden, mask).float()
-        return self.head(pooled), pooled
+            skip = len(self.soft)
+            full = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, skip), mask], 1)
+            embeds = torch.cat([self.soft.to(tokens.dtype)[None].expand(len(ids), -1, -1), tokens], 1)
+            out = self.backbone(inputs_embeds=embeds, attention_mask=full, output_hidden_states=self.concat)
+        if self.concat:
+            first, middle = (out.hidden_states[i][:, skip:].float() for i in (0, len(out.hidden_states) // 2))
+            parts = (mean_pool(first, mask), mean_pool(middle, mask), max_pool(middle, mask))
+            pooled = torch.cat([layer_norm(p, p.shape[-1:]) for p in parts], -1)
+        else:
+            pooled = mean_pool(out.last_hidden_state[:, skip:], mask).float()
+        return self.head(dropout(pooled, HEAD_DROPOUT, self.training)), pooled
 
     @torch.inference_mode()
     def annotate(self, texts: list[Text], batch: int = 64) -> tuple[Tensor, Tensor]:
@@ -126,7 +151,7 @@ class Classifier(nn.Module):
                 self.backbone.save_pretrained(folder / "backbone")
                 self.tokenizer.save_pretrained(folder / "backbone")
             (out / "classifier").upload(folder)
-        card = {"kind": kind, "base": base, "dtype": dtype, "outputs": self.head.out_features, "max_tokens": self.max_tokens}
+        card = {"kind": kind, "base": base, "dtype": dtype, "outputs": self.head.out_features, "max_tokens": self.max_tokens, "concat": self.concat}
         (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
 
     @staticmethod
@@ -138,6 +163,6 @@ class Classifier(nn.Module):
         device = pick_device()
         backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
         tokenizer = AutoTokenizer.from_pretrained(path)
-        made = Classifier(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"]).to(device)
+        made = Classifier(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         return made.eval().requires_grad_(False)

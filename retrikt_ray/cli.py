@@ -30,7 +30,9 @@ class Retrikt(click.Group):
             if ctx.params.get("debug"):
                 raise
             click.secho("error: ", fg="red", bold=True, err=True, nl=False)
-            click.echo(str(error), err=True)
+            cause = getattr(error, "cause", None) or error  # of a Ray task's error, what the task raised
+            kind = "" if isinstance(cause, ValueError | OSError) else f"{type(cause).__name__}: "
+            click.echo(f"{kind}{cause}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted; what is complete stays, the same command goes on from there", err=True)

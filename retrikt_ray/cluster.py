@@ -39,6 +39,8 @@ def connect(log_file: Path | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core otherwise writes warnings over the progress
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning torch threads starve each other on few cores
     import ray
 
     if not ray.is_initialized():

@@ -38,8 +38,9 @@ GRID = [
 
 def vote(similarities: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
     """Similarity-weighted mean of the neighbours' labels. similarities (Q, k), -inf where there is none; labels (Q, k, C) -> (Q, C)"""
-    weights = np.exp((similarities - similarities.max(1, keepdims=True)) / tau)
-    weights /= weights.sum(1, keepdims=True)
+    best = similarities.max(1, keepdims=True)
+    weights = np.exp((similarities - np.where(np.isfinite(best), best, 0)) / tau)
+    weights /= weights.sum(1, keepdims=True).clip(1e-12)  # a query whose lists are all empty gets no vote
     return np.einsum("qk,qkc->qc", weights, labels)
 
 

@@ -8,6 +8,8 @@ one thread keeps the event loop free, also where Serve's throughput mode shares 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import json
 import os
 import signal
@@ -163,23 +165,27 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         num_replicas=parsed.replicas,
         ray_actor_options={"num_cpus": parsed.threads},
         max_ongoing_requests=capacity(parsed) + 16,  # beyond `capacity` the replica itself refuses, in JSON
-        max_queued_requests=capacity(parsed),
+        max_queued_requests=1000
+        + capacity(parsed),  # of those on their way to a replica; a flood beyond it gets Ray's own 503, in plain text
+        backpressure_config={"retry_after_s": 1},
         max_constructor_retry_count=2,  # an artifact that cannot be opened stays so
         graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=5,  # an answer takes milliseconds
     )(serve.ingress()(Endpoint))
     return deployment.bind(parsed.model_dump())
 
 
 def check_port(host: str, port: int) -> None:
     """Raises ConfigError where nothing can listen: Serve itself would only log it and retry."""
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"port: found {port}, expected 1 to 65535")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(family, kind, proto) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from None
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from None
 
 
 def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
@@ -187,6 +193,9 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
 
     1. Refuse a bad argument, a busy port, and a damaged artifact before anything starts.  2. Start Ray and Serve.  3. Wait.  4. Shut down.
     """
+    import ray
+    from transformers.utils.logging import disable_progress_bar
+
     from retrikt_ray import cluster
     from retrikt_ray.progress import console
 
@@ -197,34 +206,41 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
             "RAY_ADDRESS is set: `retrikt serve` starts a server of its own; on a cluster use `serve deploy serve/retrikt.yaml`"
         )
     check_port(host, port)
-    predictor = Predictor.open(run)
-    example = {"text": "a text", "text_pair": "another"} if predictor.task["pair"] else "a text"
-    del predictor  # the replica opens its own
+    disable_progress_bar()
+    example = {"text": "a text", "text_pair": "another"} if Predictor.open(run).task["pair"] else "a text"
 
     # 2. start
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody takes over from a server that stops
     stop = threading.Event()
-    import ray
-
     try:
         cluster.connect()
         serve.start(http_options={"host": host, "port": port})
         cluster.quiet(None)  # Serve has just given its logger a handler
         serve.run(app, name=APP)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+        before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
 
         # 3. wait
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        body = json.dumps({"inputs": example})
-        console.print(f"serving {run} on {url} (page, API in /openapi.json); Ctrl-C stops", markup=False)
-        console.print(f"  curl -H 'Content-Type: application/json' -d '{body}' {url}/predict", markup=False)
+        console.print(f"serving {run} on {url} (page; API in /openapi.json); Ctrl-C stops", markup=False)
+        console.print(f"  curl -H 'Content-Type: application/json' -d '{json.dumps({'inputs': example})}' {url}/predict", markup=False)
         stop.wait()
+        for number, handler in before.items():  # a second Ctrl-C ends it at once
+            signal.signal(number, handler)
         console.print("stopping", markup=False)
-    except KeyboardInterrupt:  # before the handler was there
+    except KeyboardInterrupt:  # before our handler was there
         console.print("stopped before the server was ready", markup=False)
     finally:
         # 4. shut down
         if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+            shut_down(ray)
+
+
+def shut_down(ray: Any) -> None:
+    """Stop Serve and Ray, and leave even if Ray's processes were killed first (a signal to the whole group), when Ray would wait a minute."""
+    leave = threading.Timer(12, os._exit, (1,))
+    leave.daemon = True
+    leave.start()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray reports its own stopping as errors
+        serve.shutdown()
+        ray.shutdown()
+    leave.cancel()

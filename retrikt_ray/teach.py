@@ -19,6 +19,7 @@ from retrikt_ray.cluster import plan
 from retrikt_ray.settings import Scaled
 
 VERSION = 1
+WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 
 class TeachConfig(Scaled):
@@ -30,12 +31,12 @@ class TeachConfig(Scaled):
     shared_tokens: int = Field(8, ge=1, description="Soft tokens that all conditions share (they learn the domain).")
     class_tokens: int = Field(8, ge=1, description="Soft tokens of each condition (they learn the label).")
     max_tokens: int = Field(64, ge=4, description="Tokens of a text that are used, in the LM and in the annotator.")
-    prompt_epochs: int = Field(12, ge=1, description="Passes over the training rows for the generation prompt.")
+    prompt_epochs: int = Field(6, ge=1, description="Passes over the training rows for the generation prompt.")
     prompt_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the generation prompt.")
     prompt_batch: int = Field(16, ge=1, description="Texts per step for the generation prompt.")
     contrast: float = Field(0.5, ge=0, description="Weight of the contrast between the right and a wrong condition's prompt; 0: likelihood only.")
-    annotator_epochs: int = Field(12, ge=1, description="Passes over the training rows for the annotator.")
-    annotator_learning_rate: float = Field(0, ge=0, description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 3e-4 for `base` below 100M parameters, else 5e-5.")
+    annotator_epochs: int = Field(10, ge=1, description="Passes over the training rows for the annotator.")
+    annotator_learning_rate: float = Field(0, ge=0, description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 1e-4 for backbones below 100M parameters, else 2e-5.")
     annotator_batch: int = Field(16, ge=1, description="Texts per step for the annotator.")
     annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
 
@@ -109,12 +110,14 @@ def annotator_loop(config: dict[str, Any]) -> None:
     if outputs == 1:
         model.shift.copy_(values.mean())
         model.scale.copy_(values.std().clamp(min=1e-6))
-    small = model.parameters_in_all < 100e6
-    rate = c.annotator_learning_rate or {"prompt": 1e-2, "base": 3e-4 if small else 5e-5}.get(c.annotator, 5e-5)
-    body = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 1e-3)}], weight_decay=0.01
-    )
+    rate = c.annotator_learning_rate or (1e-2 if c.annotator == "prompt" else 1e-4 if model.parameters_in_all < 100e6 else 2e-5)
+    table = model.backbone.get_input_embeddings().weight
+    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not table and not n.startswith("head.")]
+    groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
+    if table.requires_grad:
+        # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
+        groups.append({"params": [table], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     batches = list(training.epoch_batches(len(rows), c.annotator_batch, c.annotator_epochs, config["seed"]))
     session = training.Session(config, optimizer, model.trained(), len(batches))
     for step in range(session.start, len(batches)):
@@ -124,7 +127,9 @@ def annotator_loop(config: dict[str, Any]) -> None:
         note = ""
         if mine:
             model.train()
-            logits, _ = model(*model.encode([(rows[i]["text"], rows[i]["text_pair"]) for i in mine]))
+            ids, mask = model.encode([(rows[i]["text"], rows[i]["text_pair"]) for i in mine])
+            hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
+            logits, _ = model(ids, mask * ~hidden if model.concat else mask)
             target = values[mine]
             loss = cross_entropy(logits, target.long()) if outputs > 1 else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
             loss.backward()

@@ -1,0 +1,68 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Every target installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+PORT ?= 8000
+RETRIKT_DATA ?= ../shared
+export RETRIKT_DATA
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec clean
+
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.base
+	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
+	@touch $@
+
+install: $(VENV)/.base ## Install the package into .venv
+
+install-dev: $(VENV)/.dev
+
+install-bench: $(VENV)/.bench
+
+quickstart: install ## The whole run on the packaged task and language model, offline, a few minutes
+	$(BIN)/retrikt quickstart --out $(RUN)
+
+test: install-dev ## All tests but the slow and GPU ones
+	$(BIN)/python -m pytest
+
+test-slow: install-dev ## The slow tests
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: install-dev ## The tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: install-dev ## ruff, ruff format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy retrikt_ray
+
+format: install-dev ## Let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install ## Write docs/configuration.md from the models
+	$(BIN)/python -m retrikt_ray.config > docs/configuration.md
+
+serve: install ## Serve RUN on PORT of this machine
+	$(BIN)/retrikt serve $(RUN) --port $(PORT)
+
+bench-sst2: install-bench ## SST-2, 64 rows a class: generated only, and with unlabelled texts (needs RETRIKT_DATA)
+	$(BIN)/python -m jobs.bench sst2
+
+bench-trec: install-bench ## TREC, 64 rows a class: generated only, and with unlabelled texts (needs RETRIKT_DATA)
+	$(BIN)/python -m jobs.bench trec
+
+clean: ## Remove the environment and the runs
+	rm -rf $(VENV) runs

@@ -1,0 +1,10 @@
+"""Ray job, stage 5: `ray job submit --working-dir . -- python jobs/5_annotate.py RUN [key=value ...]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the unpacked working directory, where the package may be all there is
+
+from retrikt_ray.cli import main
+
+main(["annotate", *sys.argv[1:]])

@@ -1,0 +1,102 @@
+"""What the tests share: two tiny models with random weights, written once per session; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+SENTENCES = [
+    "a fine film with a warm heart",
+    "the play is dull and the cast is weak",
+    "never was a plot so brave and so sharp",
+    "a cold and slow film that nobody needs",
+    "the cast was very fine, the music warm",
+    "positive: a brave play. negative: a dull one",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Llama with 2 layers of 32 dimensions and a byte-level BPE of 300 tokens; weights wide enough for sharp answers."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    plain.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    return saved(tmp_path_factory.mktemp("tiny_lm"), model, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a BERT with 1 layer of 32 dimensions and a WordPiece tokenizer of the words of SENTENCES and the letters."""
+    words = sorted({w for s in SENTENCES for w in s.replace(",", " ").replace(".", " ").replace(":", " ").split()})
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *",.:",
+        *letters,
+        *("##" + c for c in letters),
+        *(w for w in words if len(w) > 1),
+    ]
+    plain = Tokenizer(models.WordPiece({t: i for i, t in enumerate(tokens)}, unk_token="[UNK]"))
+    plain.normalizer = normalizers.BertNormalizer()
+    plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    plain.decoder = decoders.WordPiece()
+    plain.post_processor = processors.BertProcessing(("[SEP]", tokens.index("[SEP]")), ("[CLS]", tokens.index("[CLS]")))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    )
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return saved(tmp_path_factory.mktemp("tiny_encoder"), BertModel(config), tokenizer)
+
+
+def saved(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> str:
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
