@@ -5,8 +5,10 @@ A request that cannot be met does not fail in Ray, it waits for ever; so every s
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +41,9 @@ def connect(log_file: Path | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ core otherwise writes warnings over the progress
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning torch threads starve each other on few cores
+    if log_file is not None:
+        send_stderr_to(log_file)
     import ray
 
     if not ray.is_initialized():
@@ -64,6 +67,17 @@ def connect(log_file: Path | None = None) -> None:
     quiet(log_file)
 
 
+def send_stderr_to(log_file: Path) -> None:
+    """Ray's C++ core writes to file descriptor 2: that becomes the log file, while Python's own stderr stays the terminal."""
+    if not isinstance(sys.stderr, io.TextIOWrapper) or sys.stderr.fileno() != 2:
+        return  # done before, or captured by a test or a notebook
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(log_file, "a") as log:
+        os.dup2(log.fileno(), 2)
+
+
 def quiet(log_file: Path | None) -> None:
     """Send the logs of Ray and the Hugging Face libraries to a file, or nowhere."""
     handler: logging.Handler = logging.NullHandler()
@@ -78,6 +92,9 @@ def quiet(log_file: Path | None) -> None:
         if name.count(".") == 0:
             logger.addHandler(handler)
         logger.propagate = name.count(".") > 0
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading weights
 
 
 def capacity() -> dict[str, float]:

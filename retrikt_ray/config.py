@@ -24,6 +24,9 @@ from retrikt_ray.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.teach import TeachConfig
 
 
+QUICKSTART = Path(__file__).parent / "quickstart" / "config.yaml"
+
+
 class RunConfig(Section):
     """One run: one task, one teacher, one seed."""
 
@@ -92,14 +95,12 @@ def override(data: dict[str, Any], item: str) -> None:
 
 
 def load(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a file, or the defaults (the packaged quickstart) where no file is given."""
-    if path is None:
-        return parse("", "the defaults", overrides)
-    file = Path(path)
+    """The config of a file, or the packaged quick start where no file is given."""
+    file = Path(path) if path is not None else QUICKSTART
     if not file.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        return parse(file.read_text(encoding="utf-8"), path, overrides)
+        return parse(file.read_text(encoding="utf-8"), str(file), overrides)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
 def model_path(name: str) -> str:
@@ -174,7 +174,7 @@ class InverseCDF(LogitsProcessor):
         self.u, self.start = u, start  # (B, steps); length of input_ids at the first step
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cdf = torch.softmax(scores.double(), -1).cumsum(-1)
+        cdf = torch.softmax(scores.float(), -1).cumsum(-1, dtype=torch.float64)
         u = self.u[:, input_ids.shape[1] - self.start].to(scores.device)
         token = (cdf <= (u * cdf[:, -1])[:, None]).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
@@ -182,7 +182,7 @@ class InverseCDF(LogitsProcessor):
 
 @torch.no_grad()
 def sample(
-    base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0
+    base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Generate one text per row. rows: (B,) conditions; seeds: B row seeds. Returns ids and mask, (B, T), T <= max_tokens.
 
@@ -195,6 +195,8 @@ def sample(
     warpers = LogitsProcessorList()
     if temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
     first_scores = InverseCDF(u, 0)(torch.empty((len(seeds), 0)), warpers(None, prefix.last_logits[rows].clone()))

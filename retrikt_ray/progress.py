@@ -29,6 +29,7 @@ class Tracker:
     done: float = 0.0
     note: str = ""
     began: float = field(default_factory=time.monotonic)
+    _first: tuple[float, float] | None = None  # when the first progress came, and how much: workers take a while to start
     _last_line: float = field(default_factory=time.monotonic)
     _task: Any = None
 
@@ -37,6 +38,8 @@ class Tracker:
 
     def set(self, done: float, note: str = "", total: float | None = None) -> None:
         self.done, self.note = done, note or self.note
+        if self._first is None and done > 0:
+            self._first = (time.monotonic(), done)
         self.total = total or self.total
         if self.bar is not None:
             self.bar.update(self._task, completed=done, total=self.total, note=f"{self.rate():.3g} {self.unit}/s  {self.note}")
@@ -46,6 +49,10 @@ class Tracker:
             console.print(f"{self.label}: {done:g}/{self.total:g} {self.unit}, {self.rate():.3g}/s, {left:.0f} s left  {self.note}")
 
     def rate(self) -> float:
+        """Units per second since the first progress."""
+        since, already = self._first or (self.began, 0.0)
+        if self.done > already:
+            return (self.done - already) / max(1e-6, time.monotonic() - since)
         return self.done / max(1e-6, time.monotonic() - self.began)
 
 

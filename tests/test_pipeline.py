@@ -1,0 +1,210 @@
+"""The whole pipeline on real Ray with a tiny random LM: artifacts, skip and re-run rules, worker counts, object stores, SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from tasks import tiny, write_pair_regression, write_task
+
+from retrikt_ray import artifacts, config, pipeline
+from retrikt_ray.artifacts import Folder
+
+SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket on an S3 server of this process; its address is in the environment, which Ray's workers inherit."""
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {k: os.environ.get(k) for k in settings}
+    os.environ.update(settings)
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("runs")
+    yield "s3://runs"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def cluster(s3: str) -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def settings(base: str, data: Path, **more: object) -> str:
+    return yaml.safe_dump(tiny(base, prepare={"data": str(data), "n_per_class": 12, "unlabelled": "train"}, **more))
+
+
+@pytest.fixture(scope="module")
+def run(cluster: None, tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+    """A finished run of single-text classification."""
+    home = tmp_path_factory.mktemp("run")
+    text = settings(tiny_lm, write_task(home / "data"), generate={"workers": 2})
+    opened = pipeline.open_run(str(home / "run"), config.parse(text, "test"))
+    pipeline.run_all(opened)
+    return opened
+
+
+def test_every_artifact_is_sealed_and_verifies(run: pipeline.Run) -> None:
+    for stage in pipeline.STAGES:
+        for name in stage.outputs:
+            manifest = artifacts.check(run.artifact(name), deep=True)
+            assert manifest.stage == stage.name and manifest.seconds > 0
+        assert run.state(stage) == "done"
+    assert not (Path(run.folder.uri) / ".scratch").exists() or not any((Path(run.folder.uri) / ".scratch").iterdir())
+
+
+def test_report_has_the_contract(run: pipeline.Run) -> None:
+    report = run.artifact("report").read_json("report.json")
+    assert set(report["systems"]) == SYSTEMS
+    for system in report["systems"].values():
+        assert set(system) == {"score", "parameters", "latency_ms"} and set(system["score"]) == {"mean", "ci95", "per_seed"}
+    assert report["seeds"] == [0] and report["metric"] == "accuracy" and report["rows"]["test"] == 24
+    assert set(report["store"]) >= {"generated", "kept", "rejected"}
+    store = report["store"]
+    assert store["kept"] + sum(store["rejected"].values()) == 24 + 12 + 48  # task rows, unlabelled rows, generated rows
+    assert len(report["rl"]["steps"]) == 2 and {"fidelity", "diversity", "novelty", "domain", "fluency", "length"} <= set(report["rl"]["terms"])
+    assert b"<html" in run.artifact("report").read_bytes("report.html")
+
+
+def test_teacher_beats_majority_on_a_learnable_task(run: pipeline.Run) -> None:
+    """The two classes have disjoint words, so a pipeline that mixed up rows or labels somewhere would show here."""
+    systems = run.artifact("report").read_json("report.json")["systems"]
+    assert systems["tfidf_labels"]["score"]["mean"] > 0.9
+    assert systems["retrikt"]["score"]["mean"] > systems["majority"]["score"]["mean"]
+
+
+def test_a_second_call_skips_everything(run: pipeline.Run) -> None:
+    before = {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for n in pipeline.MADE_BY}
+    pipeline.run_all(run)
+    assert before == {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for n in pipeline.MADE_BY}
+
+
+def test_a_changed_config_makes_its_stage_stale_and_scale_does_not(run: pipeline.Run) -> None:
+    changed = pipeline.Run(run.folder, run.config.model_copy(update={"distill": run.config.distill.model_copy(update={"epochs": 2})}))
+    states = {s.name: changed.state(s) for s in pipeline.STAGES}
+    assert states["annotate"] == "done" and states["distill"] == "stale"
+    scaled = pipeline.Run(run.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 7})}))
+    assert scaled.state(pipeline.BY_NAME["generate"]) == "done"
+
+
+def test_one_and_two_workers_generate_the_same_bytes(run: pipeline.Run, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "one", keep=("task", "teacher", "policy"))
+    other = pipeline.Run(other.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 1})}))
+    pipeline.run_all(other, only="generate")
+    two, one = run.artifact("generated"), other.artifact("generated")
+    names = [n for n in two.files() if n.endswith(".parquet")]
+    assert len(names) == 6 and names == [n for n in one.files() if n.endswith(".parquet")]
+    assert all(two.read_bytes(n) == one.read_bytes(n) for n in names)
+
+
+def copied(run: pipeline.Run, target: Path, keep: tuple[str, ...]) -> pipeline.Run:
+    """A run directory with only these artifacts of another."""
+    target.mkdir()
+    shutil.copy(Path(run.folder.uri) / "config.yaml", target)
+    for name in keep:
+        shutil.copytree(Path(run.folder.uri) / name, target / name)
+    return pipeline.Run(Folder.at(target), run.config)
+
+
+def kill_and_resume(folder: Path, stage: str, begun: str) -> None:
+    """Start the stage in a process of its own, SIGKILL it once a file matching `begun` is there, and run the same command again."""
+    command = [sys.executable, "-m", "retrikt_ray", stage, str(folder)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(begun)):
+        assert first.poll() is None, f"{stage} ended before it could be killed"
+        assert time.monotonic() < deadline, f"{stage} wrote nothing like {begun}"
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not list(folder.glob(f"{pipeline.BY_NAME[stage].outputs[0]}/manifest.json"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sigkill_in_generate_resumes_to_the_same_files(run: pipeline.Run, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "killed", keep=("task", "teacher", "policy"))
+    kill_and_resume(Path(other.folder.uri), "generate", "generated/part-*.parquet")
+    assert artifacts.check(other.artifact("generated"), deep=True).content == artifacts.check(run.artifact("generated")).content
+
+
+def test_sigkill_in_distill_resumes_to_the_same_weights(run: pipeline.Run, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "killed", keep=("task", "teacher", "generated", "store"))
+    kill_and_resume(Path(other.folder.uri), "distill", ".scratch/distill-*/student/checkpoint*/state.json")
+    assert artifacts.check(other.artifact("student"), deep=True).content == artifacts.check(run.artifact("student")).content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "keep", "begun"),
+    [
+        ("teach", ("task",), ".scratch/teach-*/prompt/checkpoint*/state.json"),
+        ("reinforce", ("task", "teacher"), ".scratch/reinforce-*/ppo/checkpoint*/state.json"),
+        ("annotate", ("task", "teacher", "generated"), ".scratch/annotate-*/part-*.parquet"),
+        ("index", ("task", "store", "student"), ".scratch/index-*/part-*.parquet"),
+        ("evaluate", tuple(n for n in pipeline.MADE_BY if n != "report"), "report/draft.json"),
+    ],
+)
+def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: str, keep: tuple[str, ...], begun: str) -> None:
+    other = copied(run, tmp_path / "killed", keep=keep)
+    kill_and_resume(Path(other.folder.uri), stage, begun)
+    output = pipeline.BY_NAME[stage].outputs[0]
+    if stage == "evaluate":  # latencies differ from run to run
+        scores = [r.artifact(output).read_json("report.json")["systems"] for r in (run, other)]
+        assert {n: s["score"] for n, s in scores[0].items()} == {n: s["score"] for n, s in scores[1].items()}
+    else:
+        assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
+
+
+def test_pairs_and_regression_with_an_encoder_on_an_object_store(cluster: None, s3: str, tiny_lm: str, tiny_encoder: str, tmp_path: Path) -> None:
+    """STS-B style, two training workers, a transformer student, and a run directory that is a URI."""
+    data = write_pair_regression(tmp_path / "data")
+    prepare = {"data": str(data), "problem": "regression", "text_column": "a", "text_pair_column": "b", "label_column": "score"}
+    more = {
+        "teach": {"annotator": tiny_encoder, "workers": 2, "cpus_per_worker": 1},
+        "reinforce": {"workers": 2, "cpus_per_worker": 1},
+        "distill": {"kind": "transformer", "size": 1.0, "workers": 2, "cpus_per_worker": 1, "batch": 16},
+        "index": {"factory": "IVF2,Flat", "shards": 3},
+        "evaluate": {"store_fractions": []},
+    }
+    text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, **more))
+    run = pipeline.open_run(f"{s3}/pairs", config.parse(text, "test"))
+    pipeline.run_all(run)
+    report = run.artifact("report").read_json("report.json")
+    assert report["metric"] == "pearson" and set(report["systems"]) == SYSTEMS
+    assert -1 <= report["systems"]["retrikt"]["score"]["mean"] <= 1
+    store = run.artifact("store").read_tables(columns=["text_pair", "teacher_probs"]).to_pylist()
+    assert all(r["text_pair"] and len(r["teacher_probs"]) == 1 for r in store)
+    assert json.loads(run.artifact("index").read_bytes("index.json"))["factory"] == "IVF2,Flat"
+    from retrikt_ray.predictor import Predictor
+
+    found = Predictor.open(run.folder).predict([("the rain was here today", "the sun was here today")])
+    assert found.answers.shape == (1, 1) and (found.positions >= 0).any()
