@@ -108,7 +108,19 @@ def loop(config: dict[str, Any]) -> None:
 @click.option("--learning-rate", default=3e-3, show_default=True)
 @click.option("--workers", default=0, show_default=True, help="0: one per GPU, or one on CPUs.")
 @click.option("--seed", default=0, show_default=True)
-def main(texts: tuple[str, ...], out: Path, tokens: int, vocabulary: int, hidden: int, layers: int, window: int, batch: int, learning_rate: float, workers: int, seed: int) -> None:
+def main(
+    texts: tuple[str, ...],
+    out: Path,
+    tokens: int,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    window: int,
+    batch: int,
+    learning_rate: float,
+    workers: int,
+    seed: int,
+) -> None:
     """Train a small Llama on TEXTS, one document a line."""
     import numpy as np
 

@@ -30,9 +30,18 @@ class AnnotateConfig(Scaled):
 
     batch: int = Field(64, ge=1, description="Texts per forward pass of the annotator.")
     min_words: int = Field(2, ge=1, description="Texts with fewer words are rejected (`too_short`).")
-    keep_unfinished: bool = Field(True, description="Keep generated texts that the length limit cut off; else they are rejected (`unfinished`).")
-    min_confidence: float = Field(0.0, ge=0, le=1, description="Generated and unlabelled texts whose top probability is lower are rejected (`low_confidence`). 0: off.")
-    require_agreement: bool = Field(False, description="Reject generated texts that the teacher labels otherwise than asked (`label_disagreement`).")
+    keep_unfinished: bool = Field(
+        True, description="Keep generated texts that the length limit cut off; else they are rejected (`unfinished`)."
+    )
+    min_confidence: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Generated and unlabelled texts whose top probability is lower are rejected (`low_confidence`). 0: off.",
+    )
+    require_agreement: bool = Field(
+        False, description="Reject generated texts that the teacher labels otherwise than asked (`label_disagreement`)."
+    )
 
 
 def store_schema(width: int) -> pa.Schema:
@@ -77,7 +86,10 @@ class PartWriter:
         self.model = Classifier.load(Folder(teacher_uri))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        counts = [self.write(int(p), str(u), str(n), int(s)) for p, u, n, s in zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)]
+        counts = [
+            self.write(int(p), str(u), str(n), int(s))
+            for p, u, n, s in zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)
+        ]
         return {"rows": counts}
 
     def write(self, part: int, uri: str, name: str, start: int) -> int:
@@ -93,7 +105,9 @@ class PartWriter:
             [(f, t) for f, t in (("id", pa.string()), ("text", pa.string()), ("text_pair", pa.string()), ("condition", pa.int32()))]
             + [("value", pa.float64()), ("finished", pa.bool_()), ("probs", pa.list_(pa.float32())), ("embedding", pa.list_(pa.float32()))]
         )
-        self.scratch.write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in out + empty], schema=schema))
+        self.scratch.write_table(
+            f"part-{part:05d}.parquet", pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in out + empty], schema=schema)
+        )
         return len(rows)
 
 
@@ -101,13 +115,15 @@ def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
     """Chunks of all source files, in the order in which duplicates are resolved: task rows first, generated ones last."""
     import pyarrow.parquet as pq
 
-    chunks = []
+    chunks: list[dict[str, Any]] = []
     files = [(inputs["task"], "train.parquet", "task"), (inputs["task"], "unlabelled.parquet", "unlabelled")]
     files += [(inputs["generated"], n, "generated") for n in inputs["generated"].files() if n.startswith("part-")]
     for folder, name, source in files:
         count = pq.read_metadata(pa.BufferReader(folder.read_bytes(name))).num_rows
         for start in range(0, count, CHUNK):
-            chunks.append({"part": len(chunks), "uri": folder.uri, "name": name, "start": start, "source": source, "rows": min(CHUNK, count - start)})
+            chunks.append(
+                {"part": len(chunks), "uri": folder.uri, "name": name, "start": start, "source": source, "rows": min(CHUNK, count - start)}
+            )
     return chunks
 
 
@@ -163,7 +179,10 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     held_out = {
         key(t, p)
         for split in ("validation", "test")
-        for t, p in zip(*(inputs["task"].read_table(f"{split}.parquet", ["text", "text_pair"])[c].to_pylist() for c in ("text", "text_pair")), strict=True)
+        for t, p in zip(
+            *(inputs["task"].read_table(f"{split}.parquet", ["text", "text_pair"])[c].to_pylist() for c in ("text", "text_pair")),
+            strict=True,
+        )
     }
     seen: set[str] = set()
     reasons: Counter[str] = Counter()
@@ -193,7 +212,9 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
                 by_source[chunk["source"]] += 1
                 kept.append(record)
         # 3. write
-        width = width or len(next(r["teacher_embedding"] for r in kept + rejected if r["teacher_embedding"]))  # task rows come first and have text
+        width = width or len(
+            next(r["teacher_embedding"] for r in kept + rejected if r["teacher_embedding"])
+        )  # task rows come first and have text
         schema = store_schema(width)
         name = f"part-{chunk['part']:05d}.parquet"
         out["store"].write_table(name, pa.Table.from_pylist(kept, schema=schema))

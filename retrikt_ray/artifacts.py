@@ -244,7 +244,9 @@ def seal(
 ) -> Manifest:
     """Write the manifest over all files of the folder; from here on it is complete."""
     folder.remove(DRAFT)
-    files, rows, columns = {}, {}, {}
+    files: dict[str, dict[str, Any]] = {}
+    rows: dict[str, int] = {}
+    columns: dict[str, list[str]] = {}
     for name in folder.files():
         data = folder.read_bytes(name)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

@@ -52,6 +52,9 @@ class Classifier(nn.Module):
     `outputs` is the number of classes, or 1 for regression, whose targets are standardised by `shift` and `scale`.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int, concat: bool) -> None:
         super().__init__()
         self.backbone, self.tokenizer, self.max_tokens = backbone, tokenizer, max_tokens
@@ -151,7 +154,14 @@ class Classifier(nn.Module):
                 self.backbone.save_pretrained(folder / "backbone")
                 self.tokenizer.save_pretrained(folder / "backbone")
             (out / "classifier").upload(folder)
-        card = {"kind": kind, "base": base, "dtype": dtype, "outputs": self.head.out_features, "max_tokens": self.max_tokens, "concat": self.concat}
+        card = {
+            "kind": kind,
+            "base": base,
+            "dtype": dtype,
+            "outputs": self.head.out_features,
+            "max_tokens": self.max_tokens,
+            "concat": self.concat,
+        }
         (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
 
     @staticmethod

@@ -26,6 +26,8 @@ class Retrikt(click.Group):
 
         try:
             return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):  # click's own, which are RuntimeErrors
+            raise
         except (ConfigError, DataError, ArtifactError, RuntimeError, OSError) as error:
             if ctx.params.get("debug"):
                 raise
@@ -53,8 +55,16 @@ def finish(run: Any) -> None:
     from retrikt_ray.progress import console
 
     report = (run.artifact("report")).read_json("report.json")
-    table = Table(title=f"{report['task']}: {report['metric']} on {report['rows']['test']:,} test rows, {report['rows']['train']:,} labelled rows")
-    for name, justify in (("system", "left"), (report["metric"], "right"), ("of teacher", "right"), ("parameters", "right"), ("ms a text", "right")):
+    table = Table(
+        title=f"{report['task']}: {report['metric']} on {report['rows']['test']:,} test rows, {report['rows']['train']:,} labelled rows"
+    )
+    for name, justify in (
+        ("system", "left"),
+        (report["metric"], "right"),
+        ("of teacher", "right"),
+        ("parameters", "right"),
+        ("ms a text", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     whole = report["teacher"]["score"]["mean"]
     for name, system in [("teacher", report["teacher"]), *report["systems"].items()]:
@@ -219,5 +229,3 @@ def serve(run_uri: str, host: str, port: int, arguments: tuple[str, ...]) -> Non
     for item in arguments:
         override(args, item)
     serve_run(run_uri, host, port, args)
-
-

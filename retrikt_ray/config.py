@@ -23,7 +23,6 @@ from retrikt_ray.reinforce import ReinforceConfig
 from retrikt_ray.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.teach import TeachConfig
 
-
 QUICKSTART = Path(__file__).parent / "quickstart" / "config.yaml"
 
 
@@ -62,7 +61,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _u
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A config from YAML text and `key.path=value` overrides. Raises ConfigError that names the key and the nearest valid one."""
     try:
-        data = yaml.load(text, _StrictLoader) or {}  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, _StrictLoader) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML: {error}") from None
     except ConfigError as error:
@@ -89,7 +88,7 @@ def override(data: dict[str, Any], item: str) -> None:
             near = nearest_key(RunConfig, path)
             raise ConfigError(f"override {item!r}: {key} is not a section" + (f"; did you mean {near}?" if near else ""))
     try:
-        data[leaf] = yaml.load(value, _StrictLoader)  # noqa: S506 - a SafeLoader
+        data[leaf] = yaml.load(value, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {item!r}: the value is not YAML ({error})") from None
 
@@ -117,7 +116,17 @@ def documentation() -> str:
     ]
 
     def table(model: type[BaseModel], title: str) -> None:
-        lines.extend(["", f"## {title}", "", (model.__doc__ or "").strip().split("\n")[0], "", "| key | type | default | meaning |", "|---|---|---|---|"])
+        lines.extend(
+            [
+                "",
+                f"## {title}",
+                "",
+                (model.__doc__ or "").strip().split("\n")[0],
+                "",
+                "| key | type | default | meaning |",
+                "|---|---|---|---|",
+            ]
+        )
         for name, info in model.model_fields.items():
             kind = info.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel):

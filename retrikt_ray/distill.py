@@ -34,10 +34,15 @@ class DistillConfig(Scaled):
     kind: Literal["static", "transformer"] = Field("static", description="static: averaged token embeddings; transformer: a small BERT.")
     size: float = Field(0.01, gt=0, le=1, description="Parameters of the student as a share of the annotator's.")
     layers: int = Field(2, ge=1, description="Layers of a transformer student.")
-    model: str | None = Field(None, description="Pre-trained encoder (folder or hub id) as a transformer student, whatever its size; `size` and `layers` do not apply.")
+    model: str | None = Field(
+        None,
+        description="Pre-trained encoder (folder or hub id) as a transformer student, whatever its size; `size` and `layers` do not apply.",
+    )
     epochs: int = Field(30, ge=1, description="Passes over the store, but never fewer than 300 steps.")
     batch: int = Field(128, ge=4, description="Rows per step, over all workers.")
-    learning_rate: float = Field(0, ge=0, description="Peak learning rate. 0: 1e-2 for static, 1e-3 for transformer, 5e-5 for a pre-trained model.")
+    learning_rate: float = Field(
+        0, ge=0, description="Peak learning rate. 0: 1e-2 for static, 1e-3 for transformer, 5e-5 for a pre-trained model."
+    )
     kd: float = Field(1.0, ge=0, description="Weight of the KD loss.")
     relation: float = Field(0.1, ge=0, description="Weight of the relation loss.")
     retrieval: float = Field(0.5, ge=0, description="Weight of the retrieval loss.")
@@ -56,7 +61,12 @@ class Rows:
     truth: torch.Tensor  # (N,) true class id or value; NaN where unknown
 
     def take(self, index: list[int]) -> Rows:
-        return Rows([self.texts[i] for i in index], self.teacher[index], None if self.embeddings is None else self.embeddings[index], self.truth[index])
+        return Rows(
+            [self.texts[i] for i in index],
+            self.teacher[index],
+            None if self.embeddings is None else self.embeddings[index],
+            self.truth[index],
+        )
 
 
 def load_rows(store: Folder) -> Rows:
@@ -75,7 +85,11 @@ def load_rows(store: Folder) -> Rows:
 
 
 def fit(
-    student: Student, rows: Rows, config: DistillConfig, seed: int, session: Callable[[torch.optim.Optimizer, dict[str, torch.Tensor], int], Solo]
+    student: Student,
+    rows: Rows,
+    config: DistillConfig,
+    seed: int,
+    session: Callable[[torch.optim.Optimizer, dict[str, torch.Tensor], int], Solo],
 ) -> None:
     """Train the student in place. `session` makes the training's session from (optimizer, tensors to checkpoint, steps)."""
     import torch
@@ -150,7 +164,7 @@ def distill_loop(config: dict[str, Any]) -> None:
     c = DistillConfig(**config["section"])
     rows = load_rows(Folder(config["store_uri"]))
     student = build(c, Folder(config["teacher_uri"]), rows, config["pair"], config["seed"])
-    student.model.to(pick_device())
+    torch.nn.Module.to(student.model, pick_device())
     holder: list[Session] = []
 
     def session(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> Session:
@@ -182,4 +196,8 @@ def distill(config: DistillConfig, inputs: dict[str, Folder], out: dict[str, Fol
 
     model = Student.load(str(out["student"].local())).model
     teacher = inputs["teacher"].read_json("teacher.json")["parameters"]
-    return {"parameters": model.parameter_count, "of_teacher": f"{model.parameter_count / teacher:.2%}", "rows": inputs["store"].read_json("store.json")["kept"]}
+    return {
+        "parameters": model.parameter_count,
+        "of_teacher": f"{model.parameter_count / teacher:.2%}",
+        "rows": inputs["store"].read_json("store.json")["kept"],
+    }

@@ -25,7 +25,9 @@ class EvaluateConfig(Scaled):
     """What the report holds."""
 
     baselines: bool = Field(True, description="Fit the baselines; off, the report has teacher, retrikt and student_kd_store only.")
-    store_fractions: list[float] = Field([0.25, 0.5], description="Parts of the store to train on, for the curve of score against store size.")
+    store_fractions: list[float] = Field(
+        [0.25, 0.5], description="Parts of the store to train on, for the curve of score against store size."
+    )
     examples: int = Field(8, ge=0, description="Test rows shown with their neighbours.")
     latency_texts: int = Field(50, ge=1, description="Texts, one at a time, that latency is the median of.")
 
@@ -134,7 +136,11 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
                 answers = with_neighbours(texts_of(test))
                 return {"answers": answers, "parameters": system.parameters, "latency_ms": 0.0, "rows": len(mine)}
     texts = texts_of(test)
-    return {"answers": system.answer(texts), "parameters": system.parameters, "latency_ms": one_by_one_ms(system.answer, texts, latency_texts)}
+    return {
+        "answers": system.answer(texts),
+        "parameters": system.parameters,
+        "latency_ms": one_by_one_ms(system.answer, texts, latency_texts),
+    }
 
 
 def examples_of(inputs: dict[str, Folder], count: int, threads: int) -> list[dict[str, Any]]:
@@ -152,7 +158,11 @@ def examples_of(inputs: dict[str, Folder], count: int, threads: int) -> list[dic
     shown = []
     for i, row in enumerate(rows):
         label, score = predictor.named(found.answers[i])
-        neighbours = [predictor.row(int(p)) | {"similarity": float(s)} for p, s in zip(found.positions[i][:4], found.similarities[i], strict=False) if p >= 0]
+        neighbours = [
+            predictor.row(int(p)) | {"similarity": float(s)}
+            for p, s in zip(found.positions[i][:4], found.similarities[i], strict=False)
+            if p >= 0
+        ]
         shown.append({k: row[k] for k in ("text", "text_pair", "label")} | {"predicted": label, "score": score, "neighbours": neighbours})
     return shown
 
@@ -237,7 +247,13 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
         "seeds": [seed],
         "ci95_of": "test rows",
         "rows": {s: task.read_table(f"{s}.parquet", ["id"]).num_rows for s in ("train", "validation", "test", "unlabelled")},
-        "teacher": {"name": teacher["annotator"], "generator": teacher["base"], "score": scored("teacher"), "parameters": teacher["parameters"], "latency_ms": teacher_ms},
+        "teacher": {
+            "name": teacher["annotator"],
+            "generator": teacher["base"],
+            "score": scored("teacher"),
+            "parameters": teacher["parameters"],
+            "latency_ms": teacher_ms,
+        },
         "systems": systems,
         "paired": paired,
         "store": {k: store[k] for k in ("generated", "kept", "rejected", "by_source")},
@@ -251,7 +267,10 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
         }
         if steps
         else {},
-        "store_size": [{"rows": found[p]["rows"], "score": score(metric, truth, answers[p])} for p in sorted(parts, key=lambda p: float(p[6:]))] + [whole],
+        "store_size": [
+            {"rows": found[p]["rows"], "score": score(metric, truth, answers[p])} for p in sorted(parts, key=lambda p: float(p[6:]))
+        ]
+        + [whole],
         "mixture": inputs["index"].read_json("mixture.json"),
         "reliability": bins,
         "ece": ece,
@@ -265,4 +284,8 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
     columns = {"id": [r["id"] for r in test], "label": [r["label"] for r in test]}
     columns |= {n: a.tolist() for n, a in answers.items() if not n.startswith("store:")}
     out["report"].write_table("predictions.parquet", pa.table(columns))
-    return {"retrikt": round(systems["retrikt"]["score"]["mean"], 4), "teacher": round(report["teacher"]["score"]["mean"], 4), "metric": metric}
+    return {
+        "retrikt": round(systems["retrikt"]["score"]["mean"], 4),
+        "teacher": round(report["teacher"]["score"]["mean"], 4),
+        "metric": metric,
+    }

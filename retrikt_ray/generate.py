@@ -40,7 +40,12 @@ class GenerateConfig(Scaled):
     rows_per_shard: int = Field(120, ge=1, description="Texts per shard: the unit of work, of a file and of a resume.")
     temperature: float = Field(0.9, gt=0, description="Sampling temperature.")
     top_k: int = Field(100, ge=0, description="Sample among this many likeliest tokens; 0: all.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling: the smallest set of tokens with this probability. It sorts the vocabulary at every token, which halves the speed of a small LM.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: the smallest set of tokens with this probability. It sorts the vocabulary at every token, which halves the speed of a small LM.",
+    )
 
 
 def row_seed(seed: int, shard: int, position: int) -> int:
@@ -55,7 +60,9 @@ def shard_name(shard: int) -> str:
 class ShardWriter:
     """A Ray Data actor: holds the LM and turns shard numbers into shard files. The rows it returns only count what was done."""
 
-    def __init__(self, section: dict[str, Any], task: dict[str, Any], teacher_uri: str, policy_uri: str, out_uri: str, seed: int, threads: int) -> None:
+    def __init__(
+        self, section: dict[str, Any], task: dict[str, Any], teacher_uri: str, policy_uri: str, out_uri: str, seed: int, threads: int
+    ) -> None:
         import torch
 
         from retrikt_ray import lm, prompts
@@ -162,7 +169,9 @@ def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 3. exactly once
     ids = folder.read_tables(columns=["id"])["id"].to_pylist()
     if len(ids) != config.rows or len(set(ids)) != config.rows:
-        raise ConfigError(f"{folder}: {len(ids)} rows, {len(set(ids))} different ids; expected {config.rows}. Remove the folder and run again")
+        raise ConfigError(
+            f"{folder}: {len(ids)} rows, {len(set(ids))} different ids; expected {config.rows}. Remove the folder and run again"
+        )
     summary: dict[str, Any] = {"rows": config.rows, "shards": total}
     if missing:
         summary["tokens_per_s"] = round(tokens / (time.monotonic() - began))

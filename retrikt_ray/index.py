@@ -75,14 +75,18 @@ def train_index(factory: str, sample: np.ndarray, nprobe: int) -> bytes:
         if not index.is_trained:
             index.train(sample)
     except RuntimeError as error:
-        raise ConfigError(f"index.factory: FAISS refuses {factory!r} for {len(sample)} rows of {sample.shape[1]} dimensions: {str(error).splitlines()[-1]}") from None
+        raise ConfigError(
+            f"index.factory: FAISS refuses {factory!r} for {len(sample)} rows of {sample.shape[1]} dimensions: {str(error).splitlines()[-1]}"
+        ) from None
     inner = faiss.try_extract_index_ivf(index)
     if inner is not None:
         inner.nprobe = nprobe
     return faiss.serialize_index(index).tobytes()
 
 
-def build_shard(trained: bytes, scratch: Folder, parts: list[tuple[str, int]], low: int, high: int, out: Folder, name: str) -> dict[str, Any]:
+def build_shard(
+    trained: bytes, scratch: Folder, parts: list[tuple[str, int]], low: int, high: int, out: Folder, name: str
+) -> dict[str, Any]:
     """Fill a copy of the trained index with the rows at positions low .. high - 1 and write it as one file (a Ray task).
 
     parts: (part name, position of its first row), in order.
@@ -145,14 +149,19 @@ def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     edges = np.linspace(0, ids.num_rows, count + 1).astype(int)
     build = ray.remote(num_cpus=workers.cpus)(build_shard)
     reference = ray.put(trained)
-    pending = [build.remote(reference, scratch, parts, int(edges[i]), int(edges[i + 1]), folder, f"shard-{i:04d}.faiss") for i in range(count)]
+    pending = [
+        build.remote(reference, scratch, parts, int(edges[i]), int(edges[i + 1]), folder, f"shard-{i:04d}.faiss") for i in range(count)
+    ]
     with track("index: shards", count, "shards") as progress:
         waiting = list(pending)
         while waiting:
             ready, waiting = ray.wait(waiting)
             progress.advance(len(ready))
     folder.write_table("ids.parquet", ids)
-    folder.write_json("index.json", {"factory": factory, "width": int(sample.shape[1]), "rows": ids.num_rows, "metric": "cosine", "shards": ray.get(pending)})
+    folder.write_json(
+        "index.json",
+        {"factory": factory, "width": int(sample.shape[1]), "rows": ids.num_rows, "metric": "cosine", "shards": ray.get(pending)},
+    )
 
     # 4. the mixture
     fitted = ray.get(ray.remote(num_cpus=workers.cpus)(fit_on_validation).remote(inputs, folder, workers.threads))

@@ -54,7 +54,7 @@ def token_vectors(teacher: Classifier, tokens: list[int], batch: int = 256) -> T
 def reduce(vectors: Tensor, dim: int) -> Tensor:
     """PCA to `dim` columns, scaled so that rows have norm about 1. (V, width) -> (V, dim); zero columns where width < dim."""
     centred = vectors.double() - vectors.double().mean(0)
-    values, axes = torch.linalg.eigh(centred.T @ centred)
+    _, axes = torch.linalg.eigh(centred.T @ centred)
     # An eigenvector's sign is arbitrary: fix it, so that two machines give one student.
     axes = axes.flip(1)[:, :dim]
     axes = axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))
@@ -74,7 +74,12 @@ def new_student(kind: str, teacher: Classifier, texts: list[Text], budget: int, 
 
         encoder, tokenizer = AutoModel.from_pretrained(backbone, dtype=torch.float32), AutoTokenizer.from_pretrained(backbone)
         config = StudentConfig(
-            kind="transformer", outputs=outputs, pair=pair, max_tokens=teacher.max_tokens, full_vocabulary=1, backbone=encoder.config.to_dict()
+            kind="transformer",
+            outputs=outputs,
+            pair=pair,
+            max_tokens=teacher.max_tokens,
+            full_vocabulary=1,
+            backbone=encoder.config.to_dict(),
         )
         model = StudentModel(config)
         model.backbone.load_state_dict(encoder.state_dict())

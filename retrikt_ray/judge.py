@@ -42,7 +42,9 @@ class Judge:
         self.low, self.high = np.percentile(lengths, [5, 95])
         values = np.array([r["value"] for r in rows])
         conditions = np.array([r["condition"] for r in rows])
-        self.means = np.array([values[conditions == i].mean() if (conditions == i).any() else values.mean() for i in range(len(task["conditions"]))])
+        self.means = np.array(
+            [values[conditions == i].mean() if (conditions == i).any() else values.mean() for i in range(len(task["conditions"]))]
+        )
         self.spread = float(values.std()) or 1.0
         self.reservoir: list[str] = []
         # The bare LM: <bos> alone, or <eos> (which ends the document before) for tokenizers without <bos>.
@@ -50,7 +52,9 @@ class Judge:
         end = base.embed(torch.tensor([[base.eos]], device=base.device))
         self.bare = lm.run_prefix(base, end if base.tokenizer.bos_token_id is None else nothing, [""])
 
-    def __call__(self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor, remember: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def __call__(
+        self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor, remember: bool
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """texts: N; conditions (N,); ids, mask (N, T). remember: later texts will be compared with these."""
         asked = conditions.cpu().numpy()
         pairs = [split_pair(t, self.task["pair"]) for t in texts]
@@ -77,4 +81,4 @@ class Judge:
                 raise ValueError(f"{path} returned shape {parts[path].shape} for {len(texts)} texts; expected ({len(texts)},)")
         if remember:
             self.reservoir = (self.reservoir + texts)[-RESERVOIR_TEXTS:]
-        return sum(weights[k] * v for k, v in parts.items()), parts  # type: ignore[return-value]
+        return sum(weights[k] * v for k, v in parts.items()), parts

@@ -50,12 +50,13 @@ class Base:
         device = pick_device()
         path = model_path(name)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device)).to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device))
+        model.to(device).eval()
         model.requires_grad_(False)
         return Base(model, tokenizer, device)
 
     @property
-    def embed(self) -> nn.Module:
+    def embed(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
     @property
@@ -73,7 +74,7 @@ class Base:
     def encode(self, texts: list[str], max_tokens: int, end: bool = True) -> tuple[Tensor, Tensor]:
         """Token ids and mask, right-padded: two (B, T) tensors. With `end`, texts that fit are closed by <eos>."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        rows = [(r + [self.eos] if end else r)[:max_tokens] or [self.eos] for r in rows]
+        rows = [([*r, self.eos] if end else r)[:max_tokens] or [self.eos] for r in rows]
         return pad_rows(rows, self.eos, self.device)
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
@@ -127,10 +128,7 @@ def run_prefix(base: Base, soft: Tensor, templates: list[str]) -> Prefix:
     hard = base.embed(tokens)  # (C, W, d)
     # Soft tokens come first (PEFT's order), so each row is [pads, soft, template]: cut and join per row.
     embeds = torch.stack(
-        [
-            torch.cat([hard[i, : width - len(row)], soft[i].to(hard.dtype), hard[i, width - len(row) :]])
-            for i, row in enumerate(rows)
-        ]
+        [torch.cat([hard[i, : width - len(row)], soft[i].to(hard.dtype), hard[i, width - len(row) :]]) for i, row in enumerate(rows)]
     )
     out = base.model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=True, output_hidden_states=True)
     layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
@@ -182,7 +180,14 @@ class InverseCDF(LogitsProcessor):
 
 @torch.no_grad()
 def sample(
-    base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    base: Base,
+    prefix: Prefix,
+    rows: Tensor,
+    seeds: list[int],
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Generate one text per row. rows: (B,) conditions; seeds: B row seeds. Returns ids and mask, (B, T), T <= max_tokens.
 
@@ -199,8 +204,8 @@ def sample(
         warpers.append(TopKLogitsWarper(top_k))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
-    first_scores = InverseCDF(u, 0)(torch.empty((len(seeds), 0)), warpers(None, prefix.last_logits[rows].clone()))
-    first = first_scores.argmax(-1, keepdim=True)  # (B, 1)
+    nothing: Any = torch.empty((len(seeds), 0), dtype=torch.long)
+    first = InverseCDF(u, 0)(nothing, warpers(nothing, prefix.last_logits[rows].clone())).argmax(-1, keepdim=True)  # (B, 1)
     if max_tokens > 1:
         placeholder = torch.full((len(seeds), width), base.eos, dtype=torch.long, device=base.device)
         out = base.model.generate(

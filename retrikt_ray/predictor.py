@@ -32,7 +32,10 @@ class Mixture:
 
 
 GRID = [
-    Mixture(w, round(1 - w, 1), k, tau) for k in (8, 16, 32, 64) for tau in (0.02, 0.05, 0.1) for w in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    Mixture(w, round(1 - w, 1), k, tau)
+    for k in (8, 16, 32, 64)
+    for tau in (0.02, 0.05, 0.1)
+    for w in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 ]
 
 
@@ -102,7 +105,9 @@ class Predictor:
         store = (folder / "store").read_tables(columns=columns)
         if searcher.rows != store.num_rows:
             raise ArtifactError(f"{folder}/index holds {searcher.rows} rows, {folder}/store {store.num_rows}")
-        return Predictor(Student.load(str((folder / "student").local())), searcher, store, (folder / "task").read_json("task.json"), mixture)
+        return Predictor(
+            Student.load(str((folder / "student").local())), searcher, store, (folder / "task").read_json("task.json"), mixture
+        )
 
     def retrieve(self, texts: Sequence[Text], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The student's answers (Q, C), and the k nearest rows: positions (Q, k) and similarities (Q, k)."""

@@ -38,21 +38,33 @@ ROWS = pa.schema(
 class PrepareConfig(Section):
     """The task: where its rows are, what they mean, and how many of them are used."""
 
-    data: str = Field("quickstart", description="Folder with train/validation/test files (.jsonl .csv .tsv .parquet), one such file, hf://datasets/OWNER/NAME, or `quickstart`.")
+    data: str = Field(
+        "quickstart",
+        description="Folder with train/validation/test files (.jsonl .csv .tsv .parquet), one such file, hf://datasets/OWNER/NAME, or `quickstart`.",
+    )
     name: str | None = Field(None, description="Name shown in reports. Default: the last part of `data`.")
     subset: str | None = Field(None, description="Configuration name of a hub dataset, e.g. `sst2` of nyu-mll/glue.")
     revision: str | None = Field(None, description="Revision of a hub dataset.")
     text_column: str = Field("text", description="Column with the text.")
-    text_pair_column: str | None = Field(None, description="Column with the second text of a pair. Default: `text_pair` where the data has it.")
+    text_pair_column: str | None = Field(
+        None, description="Column with the second text of a pair. Default: `text_pair` where the data has it."
+    )
     label_column: str = Field("label", description="Column with the label.")
     problem: Literal["classification", "regression"] = Field("classification", description="Regression takes numbers as labels.")
     label_names: dict[str, str] = Field({}, description="Readable names for labels, used in the template, e.g. {HUM: a person}.")
     template: str = Field("{label}: ", description="Readable start of every generated text; {label} is the readable name of the label.")
-    metric: Literal["auto", "accuracy", "matthews", "macro_f1", "pearson", "spearman"] = Field("auto", description="auto: accuracy, or Pearson correlation in regression.")
+    metric: Literal["auto", "accuracy", "matthews", "macro_f1", "pearson", "spearman"] = Field(
+        "auto", description="auto: accuracy, or Pearson correlation in regression."
+    )
     n_per_class: int | None = Field(None, ge=1, description="Labelled training rows per class; default all.")
     n_rows: int | None = Field(None, ge=2, description="Labelled training rows in all (drawn without regard to class); default all.")
-    validation_rows: int | None = Field(None, ge=2, description="Validation rows used. Default: no more than there are training rows, as a low-resource user has no more.")
-    unlabelled: str | None = Field(None, description="Unlabelled texts of the domain (a file, .txt allowed), or `train`: the texts of the train rows that were not drawn.")
+    validation_rows: int | None = Field(
+        None, ge=2, description="Validation rows used. Default: no more than there are training rows, as a low-resource user has no more."
+    )
+    unlabelled: str | None = Field(
+        None,
+        description="Unlabelled texts of the domain (a file, .txt allowed), or `train`: the texts of the train rows that were not drawn.",
+    )
     unlabelled_rows: int | None = Field(None, ge=1, description="At most this many unlabelled texts; default all.")
 
     @model_validator(mode="after")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -87,7 +88,7 @@ def follow(label: str, unit: str) -> Iterator[Any]:
     """Show what workers post on a board while the block (which blocks the driver) runs. Yields the board's actor handle."""
     import ray
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    board: Any = ray.remote(num_cpus=0)(Board).remote()
     stop = threading.Event()
 
     def poll(tracker: Tracker) -> None:

@@ -57,7 +57,10 @@ def save_prompts(out: Folder, prompts: Tensor, base_name: str) -> None:
             "prompt_tuning_init": "RANDOM",
             "inference_mode": True,
         }
-        out.write_bytes(f"prompts/{i:03d}/adapter_model.safetensors", save_safetensors({"prompt_embeddings": prompt.detach().float().cpu().contiguous()}))
+        out.write_bytes(
+            f"prompts/{i:03d}/adapter_model.safetensors",
+            save_safetensors({"prompt_embeddings": prompt.detach().float().cpu().contiguous()}),
+        )
         out.write_bytes(f"prompts/{i:03d}/adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -49,11 +49,15 @@ class ReinforceConfig(Scaled):
     kl_target: float = Field(0.0, ge=0, description="KL per text (nats) that the weight is adapted to; 0: the weight is fixed.")
     stop_kl: float = Field(0.1, gt=0, description="KL per token to the generating policy at which an iteration's passes end early.")
     collapse_kl: float = Field(20.0, gt=0, description="KL per text (nats) to the supervised prompt that counts as a collapse.")
-    collapse_distinct: float = Field(0.6, ge=0, le=1, description="Distinct-2, as a share of the supervised prompt's, that counts as a collapse.")
+    collapse_distinct: float = Field(
+        0.6, ge=0, le=1, description="Distinct-2, as a share of the supervised prompt's, that counts as a collapse."
+    )
     watch_every: int = Field(4, ge=1, description="Iterations between looks at the held-out set.")
     watch_texts: int = Field(64, ge=4, description="Texts of the held-out set.")
     weights: RewardWeights = RewardWeights()
-    custom_rewards: dict[str, float] = Field({}, description="More terms: {package.module:function: weight}, each (texts, labels) -> array of (N,).")
+    custom_rewards: dict[str, float] = Field(
+        {}, description="More terms: {package.module:function: weight}, each (texts, labels) -> array of (N,)."
+    )
 
 
 def ppo_loop(config: dict[str, Any]) -> None:
@@ -76,7 +80,9 @@ def ppo_loop(config: dict[str, Any]) -> None:
     policy = nn.Parameter(start.clone())
     best = start.clone()
     training.seed_everything(seed, "value head")
-    critic = nn.Sequential(nn.LayerNorm(base.model.config.hidden_size), nn.Linear(base.model.config.hidden_size, 64), nn.Tanh(), nn.Linear(64, 1)).to(base.device)
+    critic = nn.Sequential(
+        nn.LayerNorm(base.model.config.hidden_size), nn.Linear(base.model.config.hidden_size, 64), nn.Tanh(), nn.Linear(64, 1)
+    ).to(base.device)
     optimizer = torch.optim.AdamW(
         [{"params": [policy], "lr": c.learning_rate}, {"params": critic.parameters(), "lr": c.value_learning_rate}], weight_decay=0.0
     )
@@ -132,7 +138,9 @@ def ppo_loop(config: dict[str, Any]) -> None:
             values = critic(hidden).squeeze(-1) * mask
         # 2. reward
         total, parts = judge(base.decode(ids, mask), conditions, ids, mask, remember=True)
-        rollout = ppo.Rollout(conditions, ids, mask.float(), log_p, ref_log_p, values, torch.tensor(total, dtype=torch.float32, device=base.device))
+        rollout = ppo.Rollout(
+            conditions, ids, mask.float(), log_p, ref_log_p, values, torch.tensor(total, dtype=torch.float32, device=base.device)
+        )
         # 3. advantages. Scores are centred and scaled per batch: the terms' sizes differ by task
         scores = (rollout.scores - session.mean(rollout.scores.mean())) / (session.mean(rollout.scores.std()) + 1e-6)
         token_rewards = ppo.token_rewards(scores, log_p, ref_log_p, rollout.mask, notes["kl_weight"])
@@ -220,7 +228,8 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
         launch(ppo_loop, common, plan(config, "reinforce", cpus=2, grow=False), out["scratch"], "ppo", "reinforce: PPO")
     curves = policy.read_json("curves.json")
     best = next(w for w in curves["watch"] if w["step"] == curves["best_step"])
-    figures = {"best_step": f"{curves['best_step']} of {config.steps}", "reward": f"{curves['watch'][0]['reward']:.2f} -> {best['reward']:.2f}"}
+    figures = {
+        "best_step": f"{curves['best_step']} of {config.steps}",
+        "reward": f"{curves['watch'][0]['reward']:.2f} -> {best['reward']:.2f}",
+    }
     return figures | {"KL": best["kl"]} | ({"collapse": curves["collapse"] + "; rolled back"} if curves["collapse"] else {})
-
-

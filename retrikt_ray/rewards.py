@@ -96,6 +96,6 @@ def custom_term(path: str) -> Callable[[list[str], list[str]], Any]:
     """The function behind `package.module:function`. Raises ConfigError when there is none."""
     module, _, name = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"reinforce.custom_rewards: {path!r} cannot be imported ({error}); expected package.module:function") from None

@@ -48,6 +48,9 @@ class StudentModel(PreTrainedModel):
 
     config_class = StudentConfig
     base_model_prefix = "student"
+    token_map: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__(config)
@@ -98,7 +101,7 @@ class StudentModel(PreTrainedModel):
             ids = self.token_map[ids].long()
         if self.config.kind != "static":
             vector = mean_pool(self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        elif pair_ids is None:
+        elif pair_ids is None or pair_mask is None:
             vector = self.average(ids, mask)
         else:
             a, b = self.average(ids, mask), self.average(self.token_map[pair_ids].long(), pair_mask)
@@ -135,7 +138,13 @@ class Student:
         def ids(a: list[str], b: list[str] | None = None) -> tuple[Tensor, Tensor]:
             special = config.kind == "transformer"
             out = self.tokenizer(
-                a, b, padding=True, truncation=True, max_length=config.max_tokens * (2 if b else 1), add_special_tokens=special, return_tensors="pt"
+                a,
+                b,
+                padding=True,
+                truncation=True,
+                max_length=config.max_tokens * (2 if b else 1),
+                add_special_tokens=special,
+                return_tensors="pt",
             )
             mask = out["attention_mask"]
             return out["input_ids"].long().to(device), mask.to(device)
@@ -155,6 +164,8 @@ class Student:
         answers, vectors = [], []
         for start in range(0, len(texts), batch):
             logits, vector = self.model(**self.tensors(texts[start : start + batch]))
-            answers.append((torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.model.scale + self.model.shift).float().cpu())
+            answers.append(
+                (torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.model.scale + self.model.shift).float().cpu()
+            )
             vectors.append(normalize(vector.float(), dim=-1).cpu())
         return torch.cat(answers), torch.cat(vectors)

@@ -10,8 +10,9 @@ import io
 import json
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any
 
 from retrikt_ray.artifacts import Folder
 from retrikt_ray.settings import ConfigError
@@ -46,8 +47,8 @@ def read_rows(uri: str) -> list[dict[str, Any]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{uri}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        at = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{uri}, line {at}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
     if name.endswith(".txt"):
         return [{"text": line} for line in text.splitlines() if line.strip()]
     if name.endswith((".csv", ".tsv")):

@@ -26,17 +26,30 @@ class TeachConfig(Scaled):
     """The teacher: a frozen base LM, its generation prompt, and the annotator."""
 
     base: str = Field("embedded", description="Causal LM: a local folder, a hub id, or `embedded` (the 6.8M LM in this package).")
-    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$", description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs.")
-    annotator: str = Field("base", description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (fine-tuned copy of the base), or the folder or hub id of an encoder that is fine-tuned.")
+    dtype: str = Field(
+        "auto",
+        pattern="^(auto|float32|bfloat16|float16)$",
+        description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs.",
+    )
+    annotator: str = Field(
+        "base",
+        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (fine-tuned copy of the base), or the folder or hub id of an encoder that is fine-tuned.",
+    )
     shared_tokens: int = Field(8, ge=1, description="Soft tokens that all conditions share (they learn the domain).")
     class_tokens: int = Field(8, ge=1, description="Soft tokens of each condition (they learn the label).")
     max_tokens: int = Field(64, ge=4, description="Tokens of a text that are used, in the LM and in the annotator.")
     prompt_epochs: int = Field(6, ge=1, description="Passes over the training rows for the generation prompt.")
     prompt_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the generation prompt.")
     prompt_batch: int = Field(16, ge=1, description="Texts per step for the generation prompt.")
-    contrast: float = Field(0.5, ge=0, description="Weight of the contrast between the right and a wrong condition's prompt; 0: likelihood only.")
+    contrast: float = Field(
+        0.5, ge=0, description="Weight of the contrast between the right and a wrong condition's prompt; 0: likelihood only."
+    )
     annotator_epochs: int = Field(10, ge=1, description="Passes over the training rows for the annotator.")
-    annotator_learning_rate: float = Field(0, ge=0, description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 1e-4 for backbones below 100M parameters, else 2e-5.")
+    annotator_learning_rate: float = Field(
+        0,
+        ge=0,
+        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 1e-4 for backbones below 100M parameters, else 2e-5.",
+    )
     annotator_batch: int = Field(16, ge=1, description="Texts per step for the annotator.")
     annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
 
@@ -131,7 +144,11 @@ def annotator_loop(config: dict[str, Any]) -> None:
             hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
             logits, _ = model(ids, mask * ~hidden if model.concat else mask)
             target = values[mine]
-            loss = cross_entropy(logits, target.long()) if outputs > 1 else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
+            loss = (
+                cross_entropy(logits, target.long())
+                if outputs > 1
+                else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
+            )
             loss.backward()
             note = f"loss {loss.item():.3f}"
         session.update(len(mine) / len(batches[step]))
@@ -161,7 +178,9 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     scratch = out["scratch"]
 
     # 1. the generation prompt
-    if not teacher.exists("prompts/000/adapter_config.json") or not teacher.exists(f"prompts/{len(task['conditions']) - 1:03d}/adapter_config.json"):
+    if not teacher.exists("prompts/000/adapter_config.json") or not teacher.exists(
+        f"prompts/{len(task['conditions']) - 1:03d}/adapter_config.json"
+    ):
         launch(prompt_loop, common, workers, scratch, "prompt", "teach: prompt")
     # 2. the annotator
     if not teacher.exists("classifier/classifier.json"):
@@ -169,7 +188,10 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
     # 3. judge it
     judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(judge).remote(teacher, inputs["task"], workers.threads))
-    teacher.write_json("teacher.json", {"base": config.base, "dtype": config.dtype, "annotator": config.annotator, "max_tokens": config.max_tokens} | judged)
+    teacher.write_json(
+        "teacher.json",
+        {"base": config.base, "dtype": config.dtype, "annotator": config.annotator, "max_tokens": config.max_tokens} | judged,
+    )
     return {"annotator": config.annotator, "parameters": judged["parameters"], "validation": judged["validation"]}
 
 

@@ -25,7 +25,9 @@ from retrikt_ray.cluster import Workers
 from retrikt_ray.progress import follow
 
 
-def launch(loop: Callable[[dict[str, Any]], None], config: dict[str, Any], workers: Workers, scratch: Folder, name: str, label: str) -> None:
+def launch(
+    loop: Callable[[dict[str, Any]], None], config: dict[str, Any], workers: Workers, scratch: Folder, name: str, label: str
+) -> None:
     """Run `loop` on Ray Train workers and wait. `scratch` keeps its checkpoints: the same name resumes.
 
     Raises what the loop raised, after Ray's retries of lost workers.

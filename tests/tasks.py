@@ -44,7 +44,9 @@ def write_pair_regression(folder: Path) -> Path:
     for i, row in enumerate(some):
         other = some[(i + (0 if i % 3 == 0 else i % 7 + 1)) % len(some)]
         same = len(set(row["text"].split()) & set(other["text"].split())) / 3
-        records.append({"a": row["text"], "b": other["text"] + (" now" if i % 2 else ""), "score": round(min(5.0, 1.5 * same + i % 3 * 0.2), 2)})
+        records.append(
+            {"a": row["text"], "b": other["text"] + (" now" if i % 2 else ""), "score": round(min(5.0, 1.5 * same + i % 3 * 0.2), 2)}
+        )
     for name, part in (("train", records[:24]), ("validation", records[24:32]), ("test", records[32:])):
         write_jsonl(folder / f"{name}.jsonl", part)
     return folder

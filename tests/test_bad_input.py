@@ -111,7 +111,9 @@ def test_truncated_task_file(tmp_path: Path, data: Path) -> None:
 
 def test_run_directory_of_another_config(tmp_path: Path, data: Path) -> None:
     config = write_config(tmp_path, data)
-    done = subprocess.run([sys.executable, "-m", "retrikt_ray", "prepare", str(tmp_path / "run"), str(config)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "retrikt_ray", "prepare", str(tmp_path / "run"), str(config)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     before = read_manifest(Folder.at(tmp_path / "run" / "task"))
     said = retrikt("prepare", tmp_path / "run", config, "prepare.n_per_class=3")

@@ -81,7 +81,18 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_lm: str) -> Path:
 
 def submit(env: dict[str, str], checkout: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     excludes = '{"excludes": ["runs", ".git", ".venv"]}'
-    command = [RAY, "job", "submit", "--address", env["RAY_API_SERVER_ADDRESS"], "--working-dir", ".", f"--runtime-env-json={excludes}", "--", *entrypoint]
+    command = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        env["RAY_API_SERVER_ADDRESS"],
+        "--working-dir",
+        ".",
+        f"--runtime-env-json={excludes}",
+        "--",
+        *entrypoint,
+    ]
     return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=400)
 
 

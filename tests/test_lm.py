@@ -134,7 +134,7 @@ def test_a_text_does_not_depend_on_its_batch(base: Base, soft: Tensor) -> None:
     conditions, seeds = [0, 1, 2, 1, 0, 2, 1], [11, 12, 13, 14, 15, 16, 12]
 
     def texts(rows: list[int]) -> list[list[int]]:
-        ids, mask = lm.sample(base, prefix, torch.tensor([conditions[r] for r in rows]), [seeds[r] for r in rows], 24, 0.9, 0.95)
+        ids, mask = lm.sample(base, prefix, torch.tensor([conditions[r] for r in rows]), [seeds[r] for r in rows], 24, temperature=0.9, top_p=0.95)
         return [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
 
     together = texts(list(range(7)))
@@ -156,39 +156,34 @@ def test_mask_ends_with_the_first_eos(base: Base, soft: Tensor) -> None:
     assert 5 <= ended < 150
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.5)])
-def test_frequencies_match_the_probabilities(base: Base, soft: Tensor, temperature: float, top_p: float) -> None:
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.5)])
+def test_frequencies_match_the_probabilities(base: Base, soft: Tensor, temperature: float, top_k: int, top_p: float) -> None:
     """First tokens, and second tokens after the commonest first one, of 6,000 texts: each within 4.5 standard errors."""
     count = 6000
     with torch.no_grad():
         prefix = lm.run_prefix(base, soft, TEMPLATES)
-        ids, _ = lm.sample(base, prefix, torch.ones(count, dtype=torch.long), list(range(count)), 2, temperature, top_p)
+        ids, _ = lm.sample(base, prefix, torch.ones(count, dtype=torch.long), list(range(count)), 2, temperature, top_k, top_p)
         first = int(ids[:, 0].mode().values)
         after = ids[ids[:, 0] == first, 1]
         logits = plain_forward(base, soft, 1, [first, 0])[0]  # what predicts the first and the second token
     for tokens, row in ((ids[:, 0], logits[0]), (after, logits[1])):
-        p = expected(row, temperature, top_p)
+        p = expected(row, temperature, top_k, top_p)
         assert len(tokens) > 200 and not p[tokens].eq(0).any()
         share = torch.bincount(tokens, minlength=300) / len(tokens)
         error = torch.sqrt(p * (1 - p) / len(tokens)) + 1 / len(tokens)
         assert ((share - p).abs() < 4.5 * error).all()
 
 
-def expected(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Probabilities after temperature, then cut to the fewest likeliest tokens that hold top_p of the mass."""
+def expected(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Probabilities after temperature, cut to the top_k likeliest tokens, or to the fewest that hold top_p of the mass."""
     p = torch.softmax(logits.double() / temperature, -1)
-    if top_p < 1:
-        order = p.argsort(descending=True).tolist()
-        total, kept = 0.0, []
-        for token in order:
-            kept.append(token)
-            total += float(p[token])
-            if total >= top_p:
-                break
-        cut = torch.zeros_like(p)
-        cut[kept] = p[kept]
-        p = cut / cut.sum()
-    return p
+    cut, total = torch.zeros_like(p), 0.0
+    for count, token in enumerate(p.argsort(descending=True).tolist()):
+        if (top_k and count == top_k) or total >= top_p:
+            break
+        cut[token] = p[token]
+        total += float(p[token])
+    return cut / cut.sum()
 
 
 def test_sampling_heeds_no_settings_of_the_checkpoint(base: Base, soft: Tensor, tiny_lm: str, tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def test_report_has_the_contract(run: pipeline.Run) -> None:
     assert set(report["store"]) >= {"generated", "kept", "rejected"}
     store = report["store"]
     assert store["kept"] + sum(store["rejected"].values()) == 24 + 12 + 48  # task rows, unlabelled rows, generated rows
-    assert len(report["rl"]["steps"]) == 2 and {"fidelity", "diversity", "novelty", "domain", "fluency", "length"} <= set(report["rl"]["terms"])
+    assert len(report["rl"]["steps"]) == 2 and {"fidelity", "diversity", "novelty", "domain", "fluency", "length"} <= set(
+        report["rl"]["terms"]
+    )
     assert b"<html" in run.artifact("report").read_bytes("report.html")
 
 
@@ -184,7 +186,9 @@ def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: s
         assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
 
 
-def test_pairs_and_regression_with_an_encoder_on_an_object_store(cluster: None, s3: str, tiny_lm: str, tiny_encoder: str, tmp_path: Path) -> None:
+def test_pairs_and_regression_with_an_encoder_on_an_object_store(
+    cluster: None, s3: str, tiny_lm: str, tiny_encoder: str, tmp_path: Path
+) -> None:
     """STS-B style, two training workers, a transformer student, and a run directory that is a URI."""
     data = write_pair_regression(tmp_path / "data")
     prepare = {"data": str(data), "problem": "regression", "text_column": "a", "text_pair_column": "b", "label_column": "score"}
