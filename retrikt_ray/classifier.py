@@ -26,6 +26,7 @@ from retrikt_ray.artifacts import Folder
 from retrikt_ray.lm import model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
+TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
 
 Text = tuple[str, str | None]  # a text and, in pair tasks, its second text
 
@@ -60,6 +61,7 @@ class Classifier(nn.Module):
         self.backbone, self.tokenizer, self.max_tokens = backbone, tokenizer, max_tokens
         dim = backbone.get_input_embeddings().weight.shape[1]
         self.concat = concat
+        self.temperature = 1.0  # of the softmax of `annotate`, fitted on validation after training
         width = backbone.config.hidden_size * (3 if self.concat else 1)
         self.soft = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02) if soft_tokens else None
         self.head = nn.Linear(width, outputs)
@@ -134,10 +136,21 @@ class Classifier(nn.Module):
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             logits, pooled = self(*self.encode([texts[i] for i in rows]))
-            out = torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.scale + self.shift
+            out = torch.softmax(logits / self.temperature, -1) if logits.shape[1] > 1 else logits * self.scale + self.shift
             for i, a, b in zip(rows, out.cpu(), pooled.cpu(), strict=True):
                 answers[i] = (a, b)
         return torch.stack([a for a, _ in answers]), torch.stack([b for _, b in answers])
+
+    def calibrate(self, texts: list[Text], truth: Tensor) -> float:
+        """Fit the temperature to the true classes of held-out texts by log loss (Guo et al. 2017, section 4.2) and keep it.
+
+        Fine-tuned on a few hundred rows, a classifier is nearly certain of everything; a student learns little from such labels.
+        """
+        self.temperature = 1.0
+        log_p = torch.log(self.annotate(texts)[0].clamp(min=1e-12))
+        losses = {t: torch.nn.functional.cross_entropy(log_p / t, truth).item() for t in TEMPERATURES}
+        self.temperature = min(losses, key=losses.__getitem__)
+        return self.temperature
 
     def trained(self) -> dict[str, Tensor]:
         """Everything that training changed, beside the backbone's own weights where those are frozen."""
@@ -175,4 +188,5 @@ class Classifier(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(path)
         made = Classifier(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
+        made.temperature = card.get("temperature", 1.0)
         return made.eval().requires_grad_(False)

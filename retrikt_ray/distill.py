@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from retrikt_ray.student import Student
     from retrikt_ray.training import Solo
 
-VERSION = 1
+VERSION = 2
+HEAD_RATE = 3.0  # learning rate of the head, as a multiple of the body's: it starts from nothing, the body from the teacher
+LOOKS = 16  # times that a training looks at validation
 
 
 class DistillConfig(Scaled):
@@ -38,14 +40,16 @@ class DistillConfig(Scaled):
         None,
         description="Pre-trained encoder (folder or hub id) as a transformer student, whatever its size; `size` and `layers` do not apply.",
     )
-    epochs: int = Field(30, ge=1, description="Passes over the store, but never fewer than 300 steps.")
+    epochs: int = Field(
+        30, ge=1, description="Passes over the store, but never fewer than 300 steps; the best of 16 looks at validation is kept."
+    )
     batch: int = Field(128, ge=4, description="Rows per step, over all workers.")
     learning_rate: float = Field(
-        0, ge=0, description="Peak learning rate. 0: 1e-2 for static, 1e-3 for transformer, 5e-5 for a pre-trained model."
+        0, ge=0, description="Peak learning rate. 0: 5e-3 for static, 1e-3 for transformer, 5e-5 for a pre-trained model."
     )
     kd: float = Field(1.0, ge=0, description="Weight of the KD loss.")
-    relation: float = Field(0.1, ge=0, description="Weight of the relation loss.")
-    retrieval: float = Field(0.5, ge=0, description="Weight of the retrieval loss.")
+    relation: float = Field(0.3, ge=0, description="Weight of the relation loss.")
+    retrieval: float = Field(1.0, ge=0, description="Weight of the retrieval loss.")
     labels: float = Field(0.5, ge=0, description="Weight of the true labels of the task rows.")
     tau: float = Field(0.05, gt=0, description="Temperature of similarities in the relation and retrieval losses.")
     token_dropout: float = Field(0.1, ge=0, lt=1, description="Share of a text's tokens that a training step hides from a static student.")
@@ -69,6 +73,15 @@ class Rows:
         )
 
 
+def load_validation(task: Folder) -> Rows:
+    """The validation rows of a task; the teacher says nothing of them."""
+    import torch
+
+    rows = task.read_table("validation.parquet").to_pylist()
+    truth = torch.tensor([r["value"] for r in rows], dtype=torch.float32)
+    return Rows([(r["text"], r["text_pair"]) for r in rows], truth[:, None], None, truth)
+
+
 def load_rows(store: Folder) -> Rows:
     """The rows of a store."""
     import numpy as np
@@ -87,11 +100,15 @@ def load_rows(store: Folder) -> Rows:
 def fit(
     student: Student,
     rows: Rows,
+    validation: Rows,
     config: DistillConfig,
     seed: int,
     session: Callable[[torch.optim.Optimizer, dict[str, torch.Tensor], int], Solo],
 ) -> None:
-    """Train the student in place. `session` makes the training's session from (optimizer, tensors to checkpoint, steps)."""
+    """Train the student in place, and leave it with the weights that had the smallest loss on validation's true labels.
+
+    `session` makes the training's session from (optimizer, tensors to checkpoint, steps).
+    """
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
@@ -102,14 +119,17 @@ def fit(
     teacher, truth = rows.teacher.to(device), rows.truth.to(device)
     if regression:  # the student's outputs are standardised
         teacher, truth = (teacher - model.shift) / model.scale, (truth - model.shift) / model.scale
-    rate = config.learning_rate or (5e-5 if config.model else 1e-2 if config.kind == "static" else 1e-3)
+    rate = config.learning_rate or (5e-5 if config.model else 5e-3 if config.kind == "static" else 1e-3)
     head = list(model.head.parameters())
     body = [p for n, p in model.named_parameters() if not n.startswith("head.")]
-    optimizer = torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": max(rate, 1e-3)}], weight_decay=0.01)
+    optimizer = torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE * rate}], weight_decay=0.01)
     per_epoch = -(-len(rows.texts) // config.batch)
     epochs = max(config.epochs, -(-300 // per_epoch))
     batches = list(training.epoch_batches(len(rows.texts), config.batch, epochs, seed))
-    work = session(optimizer, dict(model.state_dict(keep_vars=True)), len(batches))
+    best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    tensors = dict(model.state_dict(keep_vars=True)) | {f"best.{k}": v for k, v in best.items()}
+    work = session(optimizer, tensors | {"best_loss": (best_loss := torch.tensor(float("inf"), dtype=torch.float64))}, len(batches))
+    look_every = max(1, len(batches) // LOOKS)
     for step in range(work.start, len(batches)):
         mine = work.mine(batches[step])
         work.set_rate(step)
@@ -136,8 +156,22 @@ def fit(
             loss.backward()
             note = f"loss {loss.item():.3f}"
         work.update(len(mine) / len(batches[step]))
+        if (step + 1) % look_every == 0 or step + 1 == len(batches):
+            now = validation_loss(student, validation)
+            if now < best_loss.item():
+                best_loss.fill_(now)
+                for k, v in model.state_dict().items():
+                    best[k].copy_(v)
         work.done(step + 1, note)
+    model.load_state_dict(best)
     model.eval()
+
+
+def validation_loss(student: Student, validation: Rows) -> float:
+    """The student's own loss on the true labels of validation, as the mixture's (`predictor.loss`)."""
+    from retrikt_ray.predictor import loss
+
+    return loss(validation.truth.numpy(), student.encode(validation.texts)[0].numpy())
 
 
 def build(config: DistillConfig, teacher: Folder, rows: Rows, pair: bool, seed: int) -> Student:
@@ -171,7 +205,7 @@ def distill_loop(config: dict[str, Any]) -> None:
         holder.append(Session(config, optimizer, tensors, total))
         return holder[0]
 
-    fit(student, rows, c, config["seed"], session)
+    fit(student, rows, load_validation(Folder(config["task_uri"])), c, config["seed"], session)
     if holder[0].rank == 0:
         with tempfile.TemporaryDirectory() as name:
             student.save(name)
@@ -186,6 +220,7 @@ def distill(config: DistillConfig, inputs: dict[str, Folder], out: dict[str, Fol
     common = {
         "section": config.model_dump(),
         "pair": task["pair"],
+        "task_uri": inputs["task"].uri,
         "store_uri": inputs["store"].uri,
         "teacher_uri": inputs["teacher"].uri,
         "out_uri": out["student"].uri,

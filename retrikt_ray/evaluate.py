@@ -80,7 +80,7 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
     import torch
 
     from retrikt_ray import baselines
-    from retrikt_ray.distill import DistillConfig, build, fit, load_rows
+    from retrikt_ray.distill import DistillConfig, build, fit, load_rows, load_validation
     from retrikt_ray.predictor import Predictor, mix
     from retrikt_ray.training import Solo
 
@@ -120,7 +120,7 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
                 others = [i for i in range(len(rows.texts)) if i not in set(mine)]
                 mine += sorted(rng.choice(others, int(len(others) * float(name[6:])), replace=False).tolist())
             chosen = rows.take(mine)
-            fit(student, chosen, config, seed, lambda optimizer, _, total: Solo(optimizer, total))
+            fit(student, chosen, load_validation(task), config, seed, lambda optimizer, _, total: Solo(optimizer, total))
             system = baselines.System(lambda texts: student.encode(texts)[0].numpy(), student.model.parameter_count)
             if name.startswith("store:"):
                 # The run's own mixture over the part of the store: searched exactly, as it is small

@@ -18,7 +18,7 @@ from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import plan
 from retrikt_ray.settings import Scaled
 
-VERSION = 1
+VERSION = 2
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 
@@ -160,7 +160,7 @@ def annotator_loop(config: dict[str, Any]) -> None:
 def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `teacher/`: prompts/ (PEFT adapters), classifier/, teacher.json.
 
-    1. Train the generation prompt.  2. Train the annotator.  3. Judge the annotator on validation.
+    1. Train the generation prompt.  2. Train the annotator.  3. Calibrate and judge the annotator on validation.
     """
     import ray
 
@@ -186,7 +186,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     if not teacher.exists("classifier/classifier.json"):
         launch(annotator_loop, common, workers, scratch, "annotator", "teach: annotator")
 
-    # 3. judge it
+    # 3. calibrate and judge it
     judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(judge).remote(teacher, inputs["task"], workers.threads))
     teacher.write_json(
         "teacher.json",
@@ -196,7 +196,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
 
 def judge(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
-    """The annotator's score on validation, and its size (a Ray task)."""
+    """Calibrate the annotator on validation, and tell its score there and its size (a Ray task)."""
     import torch
 
     from retrikt_ray.classifier import Classifier
@@ -205,6 +205,14 @@ def judge(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     rows = task.read_table("validation.parquet").to_pylist()
     model = Classifier.load(teacher)
-    probs, _ = model.annotate([(r["text"], r["text_pair"]) for r in rows])
-    metric = task.read_json("task.json")["metric"]
-    return {"parameters": model.parameters_in_all, "validation": round(score(metric, [r["value"] for r in rows], probs.numpy()), 4)}
+    texts = [(r["text"], r["text_pair"]) for r in rows]
+    if model.head.out_features > 1:
+        truth = torch.tensor([int(r["value"]) for r in rows])
+        card = (teacher / "classifier").read_json("classifier.json")
+        (teacher / "classifier").write_json("classifier.json", card | {"temperature": model.calibrate(texts, truth)})
+    probs, _ = model.annotate(texts)
+    return {
+        "parameters": model.parameters_in_all,
+        "temperature": model.temperature,
+        "validation": round(score(metric, [r["value"] for r in rows], probs.numpy()), 4),
+    }

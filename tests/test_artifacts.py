@@ -215,6 +215,13 @@ def test_a_draft_of_another_fingerprint_starts_anew(folder: Folder) -> None:
     assert folder.read_json(artifacts.DRAFT) == {"fingerprint": "f2"}
 
 
+def test_a_folder_with_draft_and_manifest_starts_anew(folder: Folder) -> None:
+    open_draft(folder, "f1")
+    folder.write_json(artifacts.MANIFEST, {})  # of whom, nobody knows
+    open_draft(folder, "f1")
+    assert folder.files() == [artifacts.DRAFT]
+
+
 @pytest.mark.parametrize("fingerprint", ["f1", "f2"])
 def test_a_complete_folder_that_is_written_again_starts_anew(folder: Folder, fingerprint: str) -> None:
     open_draft(folder, "f1")

@@ -45,7 +45,7 @@ def test_a_config_does_not_change_after_loading() -> None:
         ("zzzzzz: 3", "zzzzzz: there is no such key"),
         ("distill: {epochs: many}", "distill.epochs: found 'many'; input should be a valid integer"),
         ("distill: {epochs: 0}", "distill.epochs: found 0; input should be greater than or equal to 1"),
-        ("distill: {size: .inf}", "distill.size: found inf; input should be"),
+        ("reinforce: {weights: {domain: .inf}}", "reinforce.weights.domain: found inf; input should be a finite number"),
         ("distill: 3", "distill: found 3; input should be"),
         ("distill: {kind: dynamic}", "distill.kind: found 'dynamic'; input should be 'static' or 'transformer'"),
         ("prepare: {n_per_class: 4, n_rows: 8}", "give n_per_class or n_rows, not both"),

@@ -44,7 +44,9 @@ def test_configs_in_the_texts_load() -> None:
 
 
 def test_make_targets_in_the_texts_exist() -> None:
-    found = {word for path in TEXTS for word in re.findall(r"make ([a-z][a-z0-9-]*)", path.read_text()) if word not in ("it", "them", "sure")}
+    found = {
+        word for path in TEXTS for word in re.findall(r"make ([a-z][a-z0-9-]*)", path.read_text()) if word not in ("it", "them", "sure")
+    }
     assert {"quickstart", "test"} <= found
     for target in sorted(found):
         done = subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, text=True)

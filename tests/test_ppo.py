@@ -35,7 +35,7 @@ def test_token_rewards_put_the_score_on_the_last_token() -> None:
 
 
 def test_gae() -> None:
-    rewards, values, mask = t([1, 0, 2], [1, 3, 50]), t([0.5, 1, 1.5], [2, 1, 50]), t([1, 1, 1], [1, 1, 0])
+    rewards, values, mask = t([1, 0, 2], [1, 3, 40]), t([0.5, 1, 1.5], [2, 1, 50]), t([1, 1, 1], [1, 1, 0])
     advantages, returns = ppo.gae(rewards, values, mask, gamma=0.9, lam=0.5)
     # gamma lam = 0.45. Row 0: delta_2 = 2 - 1.5 = 0.5; delta_1 = 0.9 * 1.5 - 1 = 0.35; delta_0 = 1 + 0.9 * 1 - 0.5 = 1.4.
     # A_2 = 0.5; A_1 = 0.35 + 0.45 * 0.5 = 0.575; A_0 = 1.4 + 0.45 * 0.575 = 1.65875.
@@ -68,10 +68,10 @@ def test_policy_gradient_is_zero_where_clipped() -> None:
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped() -> None:
-    values, old, returns = t([2.0, 0.1, 3.0, 8.0]), t([1.0, 0.0, 1.0, 0.0]), t([2.0, 1.0, 0.0, 8.0])
-    got = ppo.value_loss(values, old, returns, t([1, 1, 1, 0]), clip=0.5)
-    # Plain: 0, 0.81, 9. Clipped values 1.5, 0.1, 1.5: 0.25, 0.81, 2.25. Maxima 0.25, 0.81, 9; half their mean.
-    assert got.item() == pytest.approx(0.5 * (0.25 + 0.81 + 9) / 3, abs=1e-12)
+    values, old, returns = t([2.0, 0.1, 3.0, -2.0, 8.0]), t([1.0, 0.0, 1.0, 1.0, 0.0]), t([2.0, 1.0, 0.0, -2.0, 8.0])
+    got = ppo.value_loss(values, old, returns, t([1, 1, 1, 1, 0]), clip=0.5)
+    # Plain: 0, 0.81, 9, 0. Clipped values 1.5, 0.1, 1.5, 0.5: 0.25, 0.81, 2.25, 6.25. Half the mean of the maxima.
+    assert got.item() == pytest.approx(0.5 * (0.25 + 0.81 + 9 + 6.25) / 4, abs=1e-12)
 
 
 def test_approx_kl() -> None:

@@ -42,6 +42,13 @@ def test_mix_uses_k_neighbours_and_the_weights() -> None:
     close(mix(student, similarities, labels, Mixture(1.0, 0.0, 2, TAU)), [[0.5, 0.5]])
 
 
+def test_mix_without_any_neighbour_is_the_student() -> None:
+    """Lists of an IVF index may all be empty: the answer must stay a distribution."""
+    student, similarities = np.array([[0.9, 0.1], [0.5, 0.5]]), np.array([[-np.inf, -np.inf], [0.9, -np.inf]])
+    labels = np.array([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    close(mix(student, similarities, labels, Mixture(0.6, 0.4, 2, TAU)), [[0.9, 0.1], [0.3, 0.7]])
+
+
 def test_loss() -> None:
     answers = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
     want = -(math.log(0.75) + math.log(0.5) + math.log(1e-6)) / 3  # a probability of 0 is floored at 1e-6

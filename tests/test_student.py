@@ -61,9 +61,11 @@ def test_tokens_are_mapped_and_the_head_reads_the_vector() -> None:
 def test_pair_features() -> None:
     model = hand_model(pair=True)
     one = torch.ones(1, 1)
-    _, vector = model(torch.tensor([[3]]), one, torch.tensor([[4]]), one)
-    # a = (4, 0), b = (0, -4): a, b, |a - b|, a b
-    assert vector.tolist() == [[4, 0, 0, -4, 4, 4, 0, 0]]
+    _, vector = model(torch.tensor([[4, 4]]), torch.ones(1, 2), torch.tensor([[3]]), one)
+    # a = (0, -4), b = (4, 0): a, b, |a - b|, a b
+    assert vector.tolist() == [[0, -4, 4, 0, 4, 4, 0, 0]]
+    _, vector = model(torch.tensor([[4, 3]]), torch.ones(1, 2), torch.tensor([[4]]), one)
+    assert_close(vector[0, 6:], torch.tensor([0.0, 12.0]), rtol=0, atol=1e-5)  # (1, -3) times (0, -4)
     assert model.head.weight.shape == (2, 8)
 
 
@@ -107,6 +109,7 @@ def test_answers_depend_on_no_batch_and_survive_the_folder(
         tiny_encoder if kind == "pretrained" else None,
     )
     student = randomised(made)
+    student.model.train()  # no dropout in answers, whatever went before
     answers, vectors = student.encode(texts)
     assert answers.shape == (len(texts), 3) and len(vectors) == len(texts)
     assert_close(answers.sum(1), torch.ones(len(texts)), rtol=0, atol=1e-5)
@@ -267,10 +270,17 @@ def test_a_transformer_student_starts_from_its_teacher(lm: Classifier) -> None:
     config, counts = student.model.config, count_tokens(lm.tokenizer, TEXTS)
     # dim = 32 int(sqrt(40000 / 3 / 24) / 32) = 32 * 0, floored at 32.
     assert (config.kind, config.dim, config.layers, config.vocabulary) == ("transformer", 32, 2, len(counts) + 1)
-    assert len(student.model.backbone.encoder.layer) == 2
+    assert len(student.model.backbone.encoder.layer) == 2 and config.max_tokens == 16
     table = student.model.backbone.embeddings.word_embeddings.weight
     assert table[0].eq(0).all()
     assert_close(table[1:].detach(), 0.5 * reduce(token_vectors(lm, sorted(counts)), 32), rtol=0, atol=1e-5)
+
+
+def test_a_transformer_student_grows_with_its_budget(lm: Classifier) -> None:
+    # sqrt(400000 / 3 / 24) / 32 = 2.3 heads of 32: dim 64.
+    student = new_student("transformer", lm, TEXTS, 400_000, 2, False, None)
+    assert student.model.config.dim == 64 and student.model.backbone.config.num_attention_heads == 2
+    assert student.model.parameter_count <= 400_000
 
 
 def test_a_static_student_of_a_pair_task(lm: Classifier) -> None:
