@@ -210,6 +210,7 @@ def judge(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
         truth = torch.tensor([int(r["value"]) for r in rows])
         card = (teacher / "classifier").read_json("classifier.json")
         (teacher / "classifier").write_json("classifier.json", card | {"temperature": model.calibrate(texts, truth)})
+    metric = task.read_json("task.json")["metric"]
     probs, _ = model.annotate(texts)
     return {
         "parameters": model.parameters_in_all,
