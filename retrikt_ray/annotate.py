@@ -8,7 +8,7 @@ over hashes alone, so that their answer does not depend on the number of workers
 from __future__ import annotations
 
 import hashlib
-import re
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -64,8 +64,13 @@ def store_schema(width: int) -> pa.Schema:
 
 def key(text: str, text_pair: str | None) -> str:
     """Equal for texts that differ only in case, spacing and punctuation; a hash, so that a store's keys fit in memory."""
-    plain = "\x1f".join(re.sub(r"[\W_]+", "", part.lower()) for part in (text, text_pair or ""))
+    plain = "\x1f".join(letters(part) or part for part in (text, text_pair or ""))
     return hashlib.blake2b(plain.encode(), digest_size=12).hexdigest()
+
+
+def letters(text: str) -> str:
+    """Letters, numbers and combining marks (the vowel signs of many scripts) in lower case."""
+    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if unicodedata.category(c)[0] in "LNM")
 
 
 def has_text(row: dict[str, Any]) -> bool:

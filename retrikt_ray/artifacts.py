@@ -86,7 +86,7 @@ class Folder:
             return []
         fs.invalidate_cache()
         root = path.rstrip("/") + "/"
-        return sorted(f[len(root) :] for f in fs.find(path) if ".tmp-" not in f)
+        return sorted(name for name in (f[len(root) :] for f in fs.find(path)) if ".tmp-" not in name)
 
     def read_bytes(self, name: str) -> bytes:
         fs, path = self._fs(name)
@@ -244,6 +244,7 @@ def seal(
 ) -> Manifest:
     """Write the manifest over all files of the folder; from here on it is complete."""
     folder.remove(DRAFT)
+    folder.remove(MANIFEST)  # of an interrupted sealing of a sibling output
     files: dict[str, dict[str, Any]] = {}
     rows: dict[str, int] = {}
     columns: dict[str, list[str]] = {}

@@ -38,8 +38,9 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Maximum over the real tokens. hidden (B, T, d), mask (B, T) -> (B, d)."""
-    return hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
+    """Maximum over the real tokens, 0 where there is none. hidden (B, T, d), mask (B, T) -> (B, d)."""
+    best = hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
+    return torch.where(mask.any(1, keepdim=True), best, torch.zeros_like(best))
 
 
 def is_lm(backbone: Any) -> bool:

@@ -23,6 +23,7 @@ from retrikt_ray.reinforce import ReinforceConfig
 from retrikt_ray.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.teach import TeachConfig
 
+TOP = "(top level)"
 QUICKSTART = Path(__file__).parent / "quickstart" / "config.yaml"
 
 
@@ -45,14 +46,15 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
-        seen[key] = loader.construct_object(value_node, deep=True)
-    return seen
+    written = set()
+    for key_node, _ in node.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        if key is None or key in written:
+            what = "a key must be a word" if key is None else f"the key {key!r} is written twice"
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: {what}")
+        written.add(key)
+    loader.flatten_mapping(node)  # merge keys (<<) come first and give way to the keys that are written out
+    return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
@@ -61,11 +63,12 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _u
 def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A config from YAML text and `key.path=value` overrides. Raises ConfigError that names the key and the nearest valid one."""
     try:
-        data = yaml.load(text, _StrictLoader) or {}
+        data = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{where}, {error}") from None
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: found {type(data).__name__}, expected a mapping of sections such as `prepare:`")
     for item in overrides:
@@ -116,6 +119,7 @@ def documentation() -> str:
     ]
 
     def table(model: type[BaseModel], title: str) -> None:
+        inner = []
         lines.extend(
             [
                 "",
@@ -130,16 +134,16 @@ def documentation() -> str:
         for name, info in model.model_fields.items():
             kind = info.annotation
             if isinstance(kind, type) and issubclass(kind, BaseModel):
+                inner.append((kind, f"{title}.{name}" if title != TOP else name))
                 continue
             shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
             default = yaml.safe_dump(info.default, default_flow_style=True).strip().removesuffix("...").strip()
             cells = [f"`{name}`", shown.replace("|", "\\|"), f"`{default}`", (info.description or "").replace("|", "\\|")]
             lines.append("| " + " | ".join(cells) + " |")
+        for section, path in inner:
+            table(section, path)
 
-    table(RunConfig, "(top level)")
-    for name, info in RunConfig.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            table(info.annotation, name)
+    table(RunConfig, TOP)
     return "\n".join(lines) + "\n"
 
 

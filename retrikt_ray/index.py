@@ -175,7 +175,7 @@ def fit_on_validation(inputs: dict[str, Folder], folder: Folder, threads: int) -
     import torch
 
     from retrikt_ray.predictor import GRID, fit_mixture
-    from retrikt_ray.search import merge
+    from retrikt_ray.search import merge, search_shard
     from retrikt_ray.student import Student
 
     torch.set_num_threads(threads)
@@ -185,7 +185,7 @@ def fit_on_validation(inputs: dict[str, Folder], folder: Folder, threads: int) -
     found = []
     for shard in folder.read_json("index.json")["shards"]:
         part = faiss.deserialize_index(np.frombuffer(folder.read_bytes(shard["file"]), dtype=np.uint8))
-        found.append(part.search(vectors.numpy(), min(k, part.ntotal)))
+        found.append(search_shard(part, vectors.numpy(), k))
     positions, similarities = merge([i for _, i in found], [s for s, _ in found], k)
     labels = np.array(inputs["store"].read_tables(columns=["teacher_probs"])["teacher_probs"].to_pylist(), dtype=np.float32)
     return asdict(fit_mixture(np.array([r["value"] for r in rows]), answers.numpy(), similarities, labels[positions]))

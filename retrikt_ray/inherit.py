@@ -83,6 +83,8 @@ def new_student(kind: str, teacher: Classifier, texts: list[Text], budget: int, 
         )
         model = StudentModel(config)
         model.backbone.load_state_dict(encoder.state_dict())
+        model.shift.copy_(teacher.shift)
+        model.scale.copy_(teacher.scale)
         return Student(model, tokenizer)
     counts = count_tokens(teacher.tokenizer, texts)
     if kind == "static":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 
@@ -52,6 +52,8 @@ class Base:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device))
         model.to(device).eval()
+        # A checkpoint's own habits (repetition penalty, least length) would make texts of another distribution than `score` tells.
+        model.generation_config = GenerationConfig()
         model.requires_grad_(False)
         return Base(model, tokenizer, device)
 
@@ -214,9 +216,6 @@ def sample(
             past_key_values=cache,
             max_new_tokens=max_tokens - 1,
             do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
             logits_processor=LogitsProcessorList([*warpers, InverseCDF(u, width)]),
             pad_token_id=base.eos,
             eos_token_id=base.eos,

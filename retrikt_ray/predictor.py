@@ -50,7 +50,8 @@ def vote(similarities: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray
 def mix(student: np.ndarray, similarities: np.ndarray, labels: np.ndarray, mixture: Mixture) -> np.ndarray:
     """(Q, C) answers of student and its k neighbours together."""
     k = min(mixture.k, similarities.shape[1])
-    return mixture.student * student + mixture.dense * vote(similarities[:, :k], labels[:, :k], mixture.tau)
+    weight = mixture.dense * np.isfinite(similarities[:, :1])  # 0 for a query that found no neighbour
+    return (1 - weight) * student + weight * vote(similarities[:, :k], labels[:, :k], mixture.tau)
 
 
 def loss(truth: np.ndarray, answers: np.ndarray) -> float:

@@ -95,7 +95,7 @@ def source_digest(config: PrepareConfig) -> dict[str, str]:
         folder = Folder.at(head or ".")
         if not folder.exists(name):
             raise DataError(f"{uri}: no such file")
-        digests[name] = hashlib.sha256(folder.read_bytes(name)).hexdigest()
+        digests[uri] = hashlib.sha256(folder.read_bytes(name)).hexdigest()
     return digests
 
 

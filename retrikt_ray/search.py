@@ -29,6 +29,20 @@ def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tupl
     return found, best.astype(np.float32)
 
 
+def search_shard(shard: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities and ids of at least the k best rows, all that tie with the k-th among them.
+
+    FAISS keeps any of several rows that tie for the last place; which one must not depend on how rows were cut into shards.
+    """
+    ask = k + 1
+    while True:
+        similarities, ids = shard.search(queries, max(1, min(ask, shard.ntotal)))
+        tied = ids.shape[1] > k and ((similarities[:, -1] == similarities[:, k - 1]) & (ids[:, -1] >= 0)).any()
+        if not tied or ask >= shard.ntotal:
+            return similarities, ids
+        ask *= 2
+
+
 @dataclass
 class Searcher:
     """All shards of an index, memory-mapped in this process."""
@@ -62,5 +76,5 @@ class Searcher:
         """Positions (Q, k), -1 where there are fewer rows, and cosine similarities (Q, k). queries: (Q, width) unit float32."""
         if queries.ndim != 2 or queries.shape[1] != self.width:
             raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
-        answers = [s.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, max(1, s.ntotal))) for s in self.shards]
+        answers = [search_shard(s, np.ascontiguousarray(queries, dtype=np.float32), k) for s in self.shards]
         return merge([a[1] for a in answers], [a[0] for a in answers], k)

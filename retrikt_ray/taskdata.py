@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import posixpath
 import re
 from collections.abc import Iterable
@@ -138,10 +139,9 @@ def check_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> 
 
 def is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def check_labels(splits: dict[str, list[dict[str, Any]]], problem: str, where: str) -> list[str]:

@@ -142,6 +142,7 @@ def annotator_loop(config: dict[str, Any]) -> None:
             model.train()
             ids, mask = model.encode([(rows[i]["text"], rows[i]["text_pair"]) for i in mine])
             hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
+            hidden[:, 0] = False  # something must be left to attend to
             logits, _ = model(ids, mask * ~hidden if model.concat else mask)
             target = values[mine]
             loss = (

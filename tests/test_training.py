@@ -51,6 +51,7 @@ def test_seed_everything_is_repeatable() -> None:
     assert draw(3, "student", 1) == first
     for other in ((3, "student", 2), (4, "student", 1), (31, "student"), (3, "student")):
         assert all(a != b for a, b in zip(draw(*other), first, strict=True))
+    assert draw(3, 11) != draw(31, 1)
 
 
 def model() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
