@@ -123,7 +123,7 @@ def plan(config: Scaled, stage: str, *, cpus: float = 1, grow: bool = True) -> W
         count = max(1, int(have["GPU"] // gpus))
     else:
         count = max(1, int(usable // each)) if grow else 1
-    for kind, per in (("CPU", each), ("GPU", gpus)):
+    for kind, per in (("GPU", gpus), ("CPU", each)):
         if count * per > have[kind]:
             raise ConfigError(
                 f"{stage}.workers={count} with {stage}.{kind.lower()}s_per_worker={per:g} asks for {count * per:g} {kind}s; "

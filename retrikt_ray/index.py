@@ -53,7 +53,7 @@ class VectorWriter:
         for name in batch["name"]:
             table = self.store.read_table(str(name), ["text", "text_pair"])
             texts = list(zip(table["text"].to_pylist(), table["text_pair"].to_pylist(), strict=True))
-            vectors = self.student.encode(texts)[1].numpy() if texts else np.zeros((0, 1), np.float32)
+            vectors = self.student.encode(texts)[1].numpy() if texts else np.zeros((0, 1), np.float32)  # a part all of whose rows were rejected
             column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
             self.scratch.write_table(str(name), pa.table({"vector": column}))
             counts.append(len(texts))
@@ -63,7 +63,7 @@ class VectorWriter:
 def read_vectors(scratch: Folder, name: str) -> np.ndarray:
     """Vectors of one part, (n, width) float32."""
     column = scratch.read_table(name)["vector"].combine_chunks()
-    return np.asarray(column.values if len(column) else [], dtype=np.float32).reshape(len(column), -1)
+    return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), column.type.list_size)
 
 
 def train_index(factory: str, sample: np.ndarray, nprobe: int) -> bytes:

@@ -99,7 +99,8 @@ def open_run(out: str, config: RunConfig) -> Run:
     folder = Folder.at(out)
     if folder.exists("config.yaml"):
         theirs = load_config(folder)
-        if (theirs.prepare, theirs.seed) != (config.prepare, config.seed):
+        begun = read_manifest(folder / "task") is not None  # before, there is nothing to lose
+        if begun and (theirs.prepare, theirs.seed) != (config.prepare, config.seed):
             old, new = ({"seed": c.seed, **c.prepare.model_dump()} for c in (theirs, config))
             changed = ", ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in old if old[k] != new[k])
             raise ConfigError(f"{folder} holds a run of another task ({changed}); choose another --out, or remove the folder")
