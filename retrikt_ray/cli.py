@@ -187,6 +187,29 @@ def status(run_uri: str) -> None:
 
 
 @main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True)
+@click.option("--out", required=True, help="Folder for report.json and report.html.")
+def merge(runs: tuple[str, ...], out: str) -> None:
+    """One report of several runs of a task that differ in their seed: mean and 95 % interval over the seeds."""
+    from retrikt_ray import pipeline, report
+    from retrikt_ray.artifacts import Folder
+    from retrikt_ray.progress import console
+    from retrikt_ray.settings import ConfigError
+
+    try:
+        merged = report.merge([pipeline.load_run(uri).artifact("report").read_json("report.json") for uri in runs])
+    except ValueError as error:
+        raise ConfigError(f"these runs cannot be merged: {error}") from None
+    folder = Folder.at(out)
+    folder.write_json("report.json", merged)
+    folder.write_bytes("report.html", report.render(merged).encode())
+    score = merged["systems"]["retrikt"]["score"]
+    console.print(
+        f"{merged['task']}: retrikt {score['mean']:.3f} ± {score['ci95']:.3f} over seeds {merged['seeds']}; report: {folder}/report.html"
+    )
+
+
+@main.command()
 @click.argument("run_uri", metavar="RUN")
 @click.argument("texts", nargs=-1, required=True)
 @click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours to show.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -39,6 +39,9 @@ class GenerateConfig(Scaled):
     rows: int = Field(2400, ge=0, description="Texts to generate, the conditions in turn. 0: the store has no generated rows.")
     rows_per_shard: int = Field(120, ge=1, description="Texts per shard: the unit of work, of a file and of a resume.")
     temperature: float = Field(0.9, gt=0, description="Sampling temperature.")
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="Inference engine; vllm needs the extra of that name and a GPU."
+    )
     top_k: int = Field(100, ge=0, description="Sample among this many likeliest tokens; 0: all.")
     top_p: float = Field(
         1.0,
@@ -65,16 +68,15 @@ class ShardWriter:
     ) -> None:
         import torch
 
-        from retrikt_ray import lm, prompts
+        from retrikt_ray.engines import ENGINES, Engine
+        from retrikt_ray.prompts import load_prompts
 
         torch.set_num_threads(threads)
         self.config, self.task, self.seed, self.out = GenerateConfig(**section), task, seed, Folder(out_uri)
-        self.card = Folder(teacher_uri).read_json("teacher.json")
-        self.base = lm.Base.load(self.card["base"], self.card["dtype"])
+        card = Folder(teacher_uri).read_json("teacher.json")
         templates = [task["template"].format(label=name) for name in task["conditions"]]
-        soft = prompts.load_prompts(Folder(policy_uri)).to(self.base.device)
-        with torch.no_grad():
-            self.prefix = lm.run_prefix(self.base, soft, templates)
+        soft = load_prompts(Folder(policy_uri))
+        self.engine: Engine = ENGINES[self.config.backend](card["base"], card["dtype"], soft, templates, card["max_tokens"], self.config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {"shard": [], "rows": [], "tokens": []}
@@ -87,37 +89,23 @@ class ShardWriter:
 
     def write(self, shard: int) -> pa.Table:
         """Generate and write one shard."""
-        import torch
-
-        from retrikt_ray import lm
         from retrikt_ray.judge import split_pair
 
         size = self.config.rows_per_shard
         first = shard * size
         count = min(size, self.config.rows - first)
         conditions = [(first + i) % len(self.task["conditions"]) for i in range(count)]
-        ids, mask = lm.sample(
-            self.base,
-            self.prefix,
-            torch.tensor(conditions, device=self.base.device),
-            [row_seed(self.seed, shard, i) for i in range(count)],
-            self.card["max_tokens"],
-            self.config.temperature,
-            self.config.top_k,
-            self.config.top_p,
-        )
-        finished = ((ids == self.base.eos) & mask.bool()).any(1).tolist()
         rows = []
-        for i, spelled in enumerate(self.base.decode(ids, mask)):
-            text, pair = split_pair(spelled, self.task["pair"])
+        for i, made in enumerate(self.engine.generate(conditions, [row_seed(self.seed, shard, i) for i in range(count)])):
+            text, pair = split_pair(made.text, self.task["pair"])
             rows.append(
                 {
                     "id": f"generated-{shard:05d}-{i:04d}",
                     "text": text,
                     "text_pair": pair,
                     "condition": conditions[i],
-                    "finished": finished[i],
-                    "tokens": int(mask[i].sum()),
+                    "finished": made.finished,
+                    "tokens": made.tokens,
                     "error": None,
                 }
             )

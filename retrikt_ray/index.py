@@ -53,7 +53,9 @@ class VectorWriter:
         for name in batch["name"]:
             table = self.store.read_table(str(name), ["text", "text_pair"])
             texts = list(zip(table["text"].to_pylist(), table["text_pair"].to_pylist(), strict=True))
-            vectors = self.student.encode(texts)[1].numpy() if texts else np.zeros((0, 1), np.float32)  # a part all of whose rows were rejected
+            vectors = (
+                self.student.encode(texts)[1].numpy() if texts else np.zeros((0, 1), np.float32)
+            )  # a part all of whose rows were rejected
             column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
             self.scratch.write_table(str(name), pa.table({"vector": column}))
             counts.append(len(texts))

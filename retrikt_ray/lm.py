@@ -110,28 +110,30 @@ class Prefix:
         return cache, self.mask[rows]
 
 
+def prefix_embeddings(base: Base, soft: Tensor, templates: list[str]) -> list[Tensor]:
+    """[soft tokens, <bos>, template] of each condition as vectors, (P_i, d) each. soft: (C, S, d). Soft tokens come first, as in PEFT."""
+    bos = [base.tokenizer.bos_token_id] if base.tokenizer.bos_token_id is not None else []
+    out = []
+    for prompt, template in zip(soft, templates, strict=True):
+        ids = torch.tensor(bos + base.tokenizer(template, add_special_tokens=False)["input_ids"], dtype=torch.long, device=base.device)
+        hard = base.embed(ids)
+        out.append(torch.cat([prompt.to(hard.dtype), hard]))
+    return out
+
+
 def run_prefix(base: Base, soft: Tensor, templates: list[str]) -> Prefix:
-    """One forward pass over [soft tokens, template] of each condition. soft: (C, S, d). Differentiable in `soft`.
+    """One forward pass over the prefixes of all conditions. soft: (C, S, d). Differentiable in `soft`.
 
     Left padding keeps the last prefix token at the same place for all; the pads are masked out.
     """
-    bos = [base.tokenizer.bos_token_id] if base.tokenizer.bos_token_id is not None else []
-    rows = [bos + base.tokenizer(t, add_special_tokens=False)["input_ids"] for t in templates]
+    rows = prefix_embeddings(base, soft, templates)
     width = max(len(r) for r in rows)
-    count, steps, _ = soft.shape
-    tokens = torch.full((count, width), base.eos, dtype=torch.long, device=base.device)
-    mask = torch.zeros((count, width + steps), dtype=torch.long, device=base.device)
-    places = torch.zeros((count, width + steps), dtype=torch.long, device=base.device)
+    embeds = torch.stack([torch.nn.functional.pad(r, (0, 0, width - len(r), 0)) for r in rows])  # (C, P, d)
+    mask = torch.zeros((len(rows), width), dtype=torch.long, device=base.device)
+    places = torch.zeros_like(mask)
     for i, row in enumerate(rows):
-        pads = width - len(row)
-        tokens[i, pads:] = torch.tensor(row, dtype=torch.long, device=base.device)
-        mask[i, pads:] = 1
-        places[i, pads:] = torch.arange(width + steps - pads, device=base.device)
-    hard = base.embed(tokens)  # (C, W, d)
-    # Soft tokens come first (PEFT's order), so each row is [pads, soft, template]: cut and join per row.
-    embeds = torch.stack(
-        [torch.cat([hard[i, : width - len(row)], soft[i].to(hard.dtype), hard[i, width - len(row) :]]) for i, row in enumerate(rows)]
-    )
+        mask[i, width - len(row) :] = 1
+        places[i, width - len(row) :] = torch.arange(len(row), device=base.device)
     out = base.model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=True, output_hidden_states=True)
     layers = [(layer.keys, layer.values) for layer in out.past_key_values.layers]
     return Prefix(layers, mask, out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float())

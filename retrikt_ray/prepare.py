@@ -84,18 +84,18 @@ def data_uri(config: PrepareConfig) -> str:
 def source_digest(config: PrepareConfig) -> dict[str, str]:
     """SHA-256 of every input file: an edited task file makes the run stale. A hub dataset counts by its name and revision."""
     if config.data.startswith(HUB):
-        uris: list[str] = []
+        uris: dict[str, str] = {}
     else:
-        uris = list(taskdata.find_splits(data_uri(config)).values())
+        uris = taskdata.find_splits(data_uri(config))
     if config.unlabelled not in (None, "train"):
-        uris.append(str(config.unlabelled))
+        uris["unlabelled"] = str(config.unlabelled)
     digests = {}
-    for uri in uris:
+    for split, uri in uris.items():
         head, _, name = uri.rpartition("/")
         folder = Folder.at(head or ".")
         if not folder.exists(name):
             raise DataError(f"{uri}: no such file")
-        digests[uri] = hashlib.sha256(folder.read_bytes(name)).hexdigest()
+        digests[split] = hashlib.sha256(folder.read_bytes(name)).hexdigest()
     return digests
 
 

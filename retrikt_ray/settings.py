@@ -62,7 +62,7 @@ def nearest_key(model: type[BaseModel], path: str) -> str | None:
     parent, _, leaf = path.rpartition(".")
     section = _section_at(model, tuple(parent.split(".")) if parent else ())
     if section is not None:
-        close = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(leaf, section.model_fields, n=1, cutoff=0.6)
         if close:
             return f"{parent}.{close[0]}" if parent else close[0]
     keys = all_keys(model)

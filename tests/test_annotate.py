@@ -47,6 +47,11 @@ def test_key_keeps_letters_of_every_script() -> None:
     assert key("映画", None) != key("映像", None)
 
 
+def test_key_of_a_text_without_letters_is_the_text() -> None:
+    assert len({key(text, None) for text in ("!!!", "...", ":)", "\U0001f600", "\U0001f621")}) == 5
+    assert key("ｆｉｌｍ", None) == key("film", None)  # full-width letters are letters
+
+
 def test_has_text() -> None:
     assert has_text(row()) and has_text(row(text_pair="b"))
     assert not has_text(row(text="")) and not has_text(row(text_pair="")) and not has_text(row(text=None))

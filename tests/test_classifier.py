@@ -122,6 +122,20 @@ def test_annotate_by_hand(start) -> None:
     assert model.annotate(TEXTS[:2])[0].tolist() == [[11.0], [11.0]]  # 2 * 0.5 + 10
 
 
+def test_calibrate_by_hand(start) -> None:
+    """Odds of 9 : 1 for class 1, which is right in 3 of 4 texts: odds of 3 : 1 would be right, and 9^(1/2) = 3."""
+    model, _ = start("encoder", outputs=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, math.log(9.0)])
+    texts, truth = TEXTS[:4], torch.tensor([1, 0, 1, 1])
+    # On the grid 0.5 * 1.1^i, the neighbours of 2 are 1.899 (p = 0.7607) and 2.089 (0.7411). Log loss -3/4 log p - 1/4 log(1 - p):
+    # 0.205119 + 0.357548 = 0.562667 and 0.224713 + 0.337843 = 0.562556.
+    assert model.calibrate(texts, truth) == model.temperature == 2.089
+    p = 1 / (1 + 9 ** (-1 / 2.089))
+    assert_close(model.annotate(texts[:1])[0], torch.tensor([[1 - p, p]]), rtol=0, atol=1e-6)
+    assert model.calibrate(texts, truth) == 2.089  # from the plain answers, whatever was fitted before
+
+
 def test_pairs(start) -> None:
     encoder, _ = start("encoder")
     ids, mask = encoder.encode(PAIRS[:1])
@@ -182,6 +196,17 @@ def test_save_and_load(start, kind: str, where: str, tmp_path: Path, tiny_lm: st
     has_backbone = any(n.startswith("classifier/backbone/") for n in folder.files())
     assert has_backbone == (kind != "prompt")  # a frozen backbone is not written again
     assert not any(n.endswith((".bin", ".pt", ".pkl")) for n in folder.files())
+
+
+def test_a_fitted_temperature_is_loaded(start, tmp_path: Path, tiny_lm: str) -> None:
+    model, name = start("encoder")
+    folder = Folder.at(tmp_path)
+    model.save(folder, name, tiny_lm, "auto")
+    assert Classifier.load(folder).temperature == 1.0
+    card = (folder / "classifier").read_json("classifier.json")
+    (folder / "classifier").write_json("classifier.json", card | {"temperature": 2.5})  # as the stage does after validation
+    model.temperature = 2.5
+    assert_close(Classifier.load(folder).annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
 
 
 def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,15 @@ def test_source_digest(data: Path) -> None:
     after = source_digest(config)
     assert len([n for n in before if before[n] != after[n]]) == 1
     assert source_digest(PrepareConfig(data="hf://datasets/a/b", unlabelled="train")) == {}
+
+
+def test_source_digest_does_not_depend_on_where_the_files_are(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was moved with its data, or the packaged task of another machine, is not stale."""
+    monkeypatch.chdir(tmp_path)
+    before = source_digest(PrepareConfig(data="data"))
+    shutil.copytree(data, tmp_path / "elsewhere" / "data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert source_digest(PrepareConfig(data="data")) == before
 
 
 def test_source_digest_sees_files_of_one_name_apart(data: Path, tmp_path: Path) -> None:
