@@ -175,6 +175,7 @@ class Classifier(nn.Module):
             "outputs": self.head.out_features,
             "max_tokens": self.max_tokens,
             "concat": self.concat,
+            "temperature": self.temperature,
         }
         (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
 

@@ -215,10 +215,12 @@ def merge(runs: tuple[str, ...], out: str) -> None:
 @click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours to show.")
 def predict(run_uri: str, texts: tuple[str, ...], neighbours: int) -> None:
     """Answer texts, with the evidence. In pair tasks write TEXT ||| SECOND TEXT."""
+    from retrikt_ray import cluster
     from retrikt_ray.predictor import Predictor
     from retrikt_ray.progress import console
     from retrikt_ray.settings import ConfigError
 
+    cluster.quiet(None)
     predictor = Predictor.open(run_uri)
     inputs: list[tuple[str, str | None]] = []
     for text in texts:
