@@ -28,7 +28,6 @@ ROWS = pa.schema(
         ("condition", pa.int32()),  # what the text was asked to be
         ("finished", pa.bool_()),  # ended by <eos>, not by the length limit
         ("tokens", pa.int32()),
-        ("error", pa.string()),  # why there is no text, else null
     ]
 )
 
@@ -106,7 +105,6 @@ class ShardWriter:
                     "condition": conditions[i],
                     "finished": made.finished,
                     "tokens": made.tokens,
-                    "error": None,
                 }
             )
         table = pa.Table.from_pylist(rows, schema=ROWS)
