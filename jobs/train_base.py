@@ -23,7 +23,7 @@ from retrikt_ray.artifacts import Folder, digest
 from retrikt_ray.progress import console
 from retrikt_ray.settings import Scaled
 
-HELD_OUT = 0.01  # share of the documents
+HELD_OUT = 0.01  # share of the documents, but at least 20 of them
 
 
 def train_tokenizer(documents: list[str], vocabulary: int, out: Path) -> Any:
@@ -128,12 +128,15 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     documents = [line for name in texts for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
     random.Random(seed).shuffle(documents)
-    cut = max(1, int(len(documents) * HELD_OUT))
-    if len(documents) < 2:
-        raise click.UsageError(f"{len(documents)} documents found; at least two lines are needed, one is held out")
+    cut = max(min(20, len(documents) // 2), int(len(documents) * HELD_OUT))
     tokenizer = train_tokenizer(documents[cut : cut + 50_000], vocabulary, out)
-    np.save(out / "windows.npy", pack(tokenizer, documents[cut:], window))
-    np.save(out / "held_out.npy", pack(tokenizer, documents[:cut], window)[:1000])
+    windows, held_out = pack(tokenizer, documents[cut:], window), pack(tokenizer, documents[:cut], window)[:1000]
+    if not len(windows) or not len(held_out):
+        raise click.UsageError(
+            f"{len(documents)} documents fill {len(windows)} windows of {window} tokens for training and {len(held_out)} held out; give more text"
+        )
+    np.save(out / "windows.npy", windows)
+    np.save(out / "held_out.npy", held_out)
     model = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import shutil
@@ -116,3 +118,23 @@ def test_excluded_files_do_not_travel(head: dict[str, str], checkout: Path) -> N
     done = submit(head, checkout, sys.executable, "-c", "import os; print('there:', sorted(os.listdir('.')))")
     line = next(x for x in done.stdout.splitlines() if x.startswith("there:"))
     assert "jobs" in line and "runs" not in line
+
+
+def test_a_base_model_is_trained_from_text_files(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text(
+        "\n".join(f"the {word} of number {i} is {'red' if i % 2 else 'blue'}" for i, word in enumerate(["cat", "dog", "sun"] * 60))
+    )
+    out = tmp_path / "lm"
+    sizes = ["--tokens=4000", "--hidden=64", "--layers=1", "--vocabulary=300", "--batch=4", "--window=32"]
+    env = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    done = subprocess.run(
+        [sys.executable, "jobs/train_base.py", "--out", str(out), *sizes, str(texts)], cwd=REPO, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.config.vocab_size == len(tokenizer) and tokenizer.eos_token_id == 2
+    result = json.loads((out / "training.json").read_text())
+    assert result["held_out_loss"] < math.log(len(tokenizer)) - 1  # far better than a uniform guess
