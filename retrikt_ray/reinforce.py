@@ -151,7 +151,8 @@ def ppo_loop(config: dict[str, Any]) -> None:
         for epoch in range(c.epochs):
             # Minibatches count over all workers, so that every worker makes the same number of steps.
             for part in training.epoch_batches(len(rows), max(1, c.minibatch // session.world), 1, seed * 7919 + step * 31 + epoch):
-                logits, hidden = lm.score(base, lm.run_prefix(base, policy, templates), conditions[part], ids[part], mask[part])
+                prefix, (rows_of_part,) = lm.run_prefix_of(base, policy, templates, conditions[part])
+                logits, hidden = lm.score(base, prefix, rows_of_part, ids[part], mask[part])
                 new_log_p = lm.log_probs_of(logits, ids[part])
                 kl = session.mean(ppo.approx_kl(new_log_p.detach(), log_p[part], rollout.mask[part])).item()
                 if kl > c.stop_kl:

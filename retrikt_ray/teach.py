@@ -91,7 +91,7 @@ def prompt_loop(config: dict[str, Any]) -> None:
             ids, mask = base.encode([joined(r) for r in batch], c.max_tokens)
             right = torch.tensor([r["condition"] for r in batch], device=base.device)
             wrong = torch.tensor([others[i] for i in mine], device=base.device)
-            prefix = lm.run_prefix(base, prompt(), templates)
+            prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), templates, right, wrong)
             log_p = text_log_prob(prefix, right, ids, mask)
             loss = -(log_p / mask.sum(1)).mean()
             note = f"loss {loss.item():.3f}"

@@ -212,3 +212,18 @@ def test_sampling_heeds_no_settings_of_the_checkpoint(base: Base, soft: Tensor, 
         return lm.sample(base, prefix, torch.zeros(20, dtype=torch.long), list(range(20)), 12)[0]
 
     assert torch.equal(texts(Base.load(str(tmp_path / "lm"))), texts(base))
+
+
+def test_prefixes_of_a_batch_alone_give_the_same_scores(tiny_lm: str) -> None:
+    base = Base.load(tiny_lm, "float32")
+    soft = torch.randn(3, 2, base.dim, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    templates = ["a: ", "a longer one: ", "b: "]
+    ids, mask = base.encode(["a fine film", "dull"], 8)
+    conditions = torch.tensor([2, 0])
+    whole = lm.score(base, lm.run_prefix(base, soft, templates), conditions, ids, mask)[0]
+    prefix, (rows,) = lm.run_prefix_of(base, soft, templates, conditions)
+    assert rows.tolist() == [1, 0] and len(prefix.mask) == 2
+    part = lm.score(base, prefix, rows, ids, mask)[0]
+    torch.testing.assert_close(part, whole, rtol=0, atol=1e-5)
+    part.sum().backward()
+    assert soft.grad is not None and soft.grad[1].abs().sum() == 0 and soft.grad[[0, 2]].abs().sum() > 0
