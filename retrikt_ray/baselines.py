@@ -1,7 +1,4 @@
-"""What RetriKT has to beat, each a function from rows to answers on the test rows: majority, TF-IDF, and students without the store.
-
-Every function returns (answers (N, C) or (N, 1), parameters, answer one text) so that latency is measured on the same call.
-"""
+"""What RetriKT has to beat without a student: majority and TF-IDF, each fitted to a `System`. (Student baselines: `evaluate.fit_and_ask`.)"""
 
 from __future__ import annotations
 

@@ -69,10 +69,6 @@ class Base:
     def eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
     def encode(self, texts: list[str], max_tokens: int, end: bool = True) -> tuple[Tensor, Tensor]:
         """Token ids and mask, right-padded: two (B, T) tensors. With `end`, texts that fit are closed by <eos>."""
         rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]

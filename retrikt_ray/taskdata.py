@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrikt_ray.artifacts import Folder
-from retrikt_ray.settings import ConfigError
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -163,7 +162,3 @@ def check_labels(splits: dict[str, list[dict[str, Any]]], problem: str, where: s
         if unknown:
             raise DataError(f"{where}: {split} has labels that train lacks: {', '.join(unknown[:5])}; train has {', '.join(labels[:8])}")
     return labels
-
-
-def pick_data_error(uri: str) -> ConfigError:
-    return ConfigError(f"prepare.data: found {uri!r}; expected a file or folder, {HUB}OWNER/NAME, or 'quickstart'")
