@@ -19,7 +19,7 @@ import click
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from retrikt_ray import cluster, training
-from retrikt_ray.artifacts import Folder, digest
+from retrikt_ray.folders import Folder, digest
 from retrikt_ray.progress import console
 from retrikt_ray.settings import Scaled
 

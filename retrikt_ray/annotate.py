@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import plan
+from retrikt_ray.folders import Folder
 from retrikt_ray.progress import track
 from retrikt_ray.settings import ConfigError, Scaled
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
 from transformers import AutoModel, AutoTokenizer
 
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.lm import model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2

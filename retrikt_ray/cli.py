@@ -20,7 +20,7 @@ class Retrikt(click.Group):
     """Click's group, with one place for the errors of all commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from retrikt_ray.artifacts import ArtifactError
+        from retrikt_ray.folders import ArtifactError
         from retrikt_ray.settings import ConfigError
         from retrikt_ray.taskdata import DataError
 
@@ -129,7 +129,7 @@ def stage_command(name: str, summary: str) -> None:
         import yaml
 
         from retrikt_ray import config, pipeline
-        from retrikt_ray.artifacts import Folder
+        from retrikt_ray.folders import Folder
         from retrikt_ray.settings import ConfigError
 
         path, overrides = split_arguments(arguments)
@@ -192,7 +192,7 @@ def status(run_uri: str) -> None:
 def merge(runs: tuple[str, ...], out: str) -> None:
     """One report of several runs of a task that differ in their seed: mean and 95 % interval over the seeds."""
     from retrikt_ray import pipeline, report
-    from retrikt_ray.artifacts import Folder
+    from retrikt_ray.folders import Folder
     from retrikt_ray.progress import console
     from retrikt_ray.settings import ConfigError
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from retrikt_ray.artifacts import Folder, read_manifest
+from retrikt_ray.artifacts import read_manifest
 from retrikt_ray.cluster import plan
+from retrikt_ray.folders import Folder
 from retrikt_ray.progress import track
 from retrikt_ray.settings import Scaled
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import plan
+from retrikt_ray.folders import Folder
 from retrikt_ray.progress import track
 from retrikt_ray.settings import ConfigError, Scaled
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from retrikt_ray import lm, rewards
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.classifier import Classifier
+from retrikt_ray.folders import Folder
 from retrikt_ray.taskdata import tidy
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import yaml
 
 from retrikt_ray import artifacts
-from retrikt_ray.artifacts import ArtifactError, Folder, Manifest, digest, read_manifest
+from retrikt_ray.artifacts import Manifest, read_manifest
 from retrikt_ray.config import RunConfig
+from retrikt_ray.folders import ArtifactError, Folder, digest
 from retrikt_ray.prepare import source_digest
 from retrikt_ray.progress import console
 from retrikt_ray.settings import ConfigError

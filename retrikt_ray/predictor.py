@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrikt_ray.artifacts import ArtifactError, Folder, check
+from retrikt_ray.artifacts import check
+from retrikt_ray.folders import ArtifactError, Folder
 from retrikt_ray.search import Searcher
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from retrikt_ray import taskdata
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.settings import ConfigError, Section
 from retrikt_ray.taskdata import HUB, Columns, DataError
 

@@ -15,8 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from retrikt_ray import rewards as terms
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import plan
+from retrikt_ray.folders import Folder
 from retrikt_ray.settings import Scaled, Section
 
 VERSION = 1

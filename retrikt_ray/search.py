@@ -14,7 +14,7 @@ import faiss
 import numpy as np
 
 from retrikt_ray import artifacts
-from retrikt_ray.artifacts import ArtifactError, Folder
+from retrikt_ray.folders import ArtifactError, Folder
 
 
 def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:

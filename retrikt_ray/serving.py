@@ -25,7 +25,7 @@ from ray import serve
 from starlette.responses import JSONResponse
 
 from retrikt_ray.api import Refusal, build_api, read_texts
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.settings import ConfigError, Section, explain
 

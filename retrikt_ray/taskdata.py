@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import Field
 
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import plan
+from retrikt_ray.folders import Folder
 from retrikt_ray.settings import Scaled
 
 VERSION = 2

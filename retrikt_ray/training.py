@@ -20,8 +20,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.cluster import Workers
+from retrikt_ray.folders import Folder
 from retrikt_ray.progress import follow
 
 

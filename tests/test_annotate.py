@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrikt_ray.annotate import CHUNK, AnnotateConfig, has_text, key, reject_reason, sources, store_schema
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 
 
 def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:

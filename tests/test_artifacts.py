@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from retrikt_ray import artifacts
-from retrikt_ray.artifacts import ArtifactError, Folder, Manifest, canonical, check, digest, open_draft, read_manifest
+from retrikt_ray.artifacts import Manifest, check, open_draft, read_manifest
+from retrikt_ray.folders import ArtifactError, Folder, canonical, digest
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -120,8 +121,8 @@ def test_a_write_that_dies_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
             with pytest.raises(KeyboardInterrupt):
                 folder.write_bytes("a.bin", b"new and longer")
         assert folder.read_bytes("a.bin") == b"old"
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert len(left) == 3 and all(n == "a.bin" or n.startswith("a.bin.tmp-") for n in left)  # written aside, in the same folder
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+    (tmp_path / "a.bin.tmp-1234").write_bytes(b"ne")  # of a process that was killed
     assert folder.files() == ["a.bin"]  # a temporary file is no file of the artifact
     assert list(seal(folder).files) == ["a.bin"]
 
@@ -186,9 +187,21 @@ def test_check_names_what_is_wrong(folder: Folder, name: str) -> None:
 
 
 def test_a_manifest_of_another_version_is_refused(folder: Folder) -> None:
-    folder.write_json(artifacts.MANIFEST, {"stage": "store"})
+    folder.write_sealed(artifacts.MANIFEST, {"stage": "store"})
     with pytest.raises(ArtifactError, match=r"manifest\.json is not a manifest of this version"):
         check(folder)
+
+
+def test_every_byte_of_a_manifest_counts(folder: Folder) -> None:
+    seal(filled(folder))
+    data = folder.read_bytes(artifacts.MANIFEST)
+    for at in range(0, len(data), 7):
+        for changed in (data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :], data[:at] + data[at + 1 :], data[:at]):
+            folder.write_bytes(artifacts.MANIFEST, changed)
+            with pytest.raises(ArtifactError, match=r"manifest\.json (is not JSON|was altered|has no checksum)"):
+                read_manifest(folder)
+    folder.write_bytes(artifacts.MANIFEST, data)
+    check(folder, deep=True)
 
 
 def test_sealing_twice_counts_the_same_files(folder: Folder) -> None:

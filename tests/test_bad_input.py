@@ -14,7 +14,8 @@ import yaml
 from tasks import rows, tiny, write_jsonl, write_task
 from tiny_run import make_run
 
-from retrikt_ray.artifacts import Folder, read_manifest
+from retrikt_ray.artifacts import read_manifest
+from retrikt_ray.folders import Folder
 
 
 def retrikt(*arguments: object, **env: str) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import layer_norm
 from torch.testing import assert_close
 
-from retrikt_ray.artifacts import Folder
 from retrikt_ray.classifier import Classifier, Text, is_lm, max_pool, mean_pool
+from retrikt_ray.folders import Folder
 
 TEXTS: list[Text] = [
     ("a fine film", None),

@@ -20,7 +20,7 @@ import yaml
 from tasks import tiny, write_pair_regression, write_task
 
 from retrikt_ray import artifacts, config, pipeline
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.prepare import PrepareConfig, bin_of, prepare, quantile_bins, sample, source_digest
 from retrikt_ray.settings import ConfigError
 from retrikt_ray.taskdata import Columns, DataError, check_rows, find_splits, read_rows, tidy

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrikt_ray import lm
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.lm import Base
 from retrikt_ray.prompts import SoftPrompt, from_texts, load_prompts, save_prompts
 

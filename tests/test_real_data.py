@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from retrikt_ray.artifacts import Folder
+from retrikt_ray.folders import Folder
 from retrikt_ray.prepare import PrepareConfig, prepare
 
 DATA = Path(os.environ.get("RETRIKT_DATA", Path(__file__).resolve().parent.parent.parent / "shared")) / "data"

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray import artifacts
-from retrikt_ray.artifacts import ArtifactError, Folder
+from retrikt_ray.folders import ArtifactError, Folder
 from retrikt_ray.index import build_shard, choose_factory, train_index
 from retrikt_ray.search import Searcher, merge
 from retrikt_ray.settings import ConfigError

@@ -30,7 +30,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from retrikt_ray import __version__
 from retrikt_ray.api import read_texts
-from retrikt_ray.artifacts import ArtifactError
+from retrikt_ray.folders import ArtifactError
 from retrikt_ray.predictor import Mixture, Predictor
 from retrikt_ray.serving import ServeArgs, build_app, check_port, parse_args, serve_run
 from retrikt_ray.settings import ConfigError

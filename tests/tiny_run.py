@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from retrikt_ray import artifacts
 from retrikt_ray.annotate import store_schema
-from retrikt_ray.artifacts import Folder, Manifest
+from retrikt_ray.artifacts import Manifest
+from retrikt_ray.folders import Folder
 from retrikt_ray.index import build_shard, train_index
 from retrikt_ray.predictor import Mixture
 from retrikt_ray.student import Student, StudentConfig, StudentModel

@@ -1,0 +1,230 @@
+"""Folders by URI: the same code on a local disk and on an object store, and files that are whole or not there.
+
+A `Folder` is a folder on any filesystem that fsspec knows (a local disk, file://, s3://, gs://, memory://). On a local disk a file is written
+aside, flushed to the disk and renamed; an object store shows an object only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import posixpath
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MANIFEST = "manifest.json"  # written last: the folder is complete
+
+
+class ArtifactError(ValueError):
+    """An artifact is missing, incomplete or not what its manifest says. The text names the file."""
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling per value, so that equal configs have equal fingerprints."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 hex digest of a JSON-able value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+def as_json(value: Any) -> bytes:
+    """Readable JSON in UTF-8, ending with a newline."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder by URI. Holds no open handle, so it travels to Ray workers as it is."""
+
+    uri: str
+
+    @staticmethod
+    def at(uri: str | os.PathLike[str]) -> Folder:
+        """A local path becomes absolute: a worker's working directory is not the driver's."""
+        text = os.fspath(uri)
+        if text.startswith("file://"):
+            text = text[len("file://") :]
+        return Folder(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+        return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri)
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(posixpath.join(self.uri, name))
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def exists(self, name: str = "") -> bool:
+        fs, path = self._fs(name)
+        return bool(fs.exists(path))
+
+    def size(self, name: str) -> int:
+        fs, path = self._fs(name)
+        return int(fs.size(path))
+
+    def files(self) -> list[str]:
+        """Names of all files below, relative, sorted; temporary files of an interrupted write are not among them."""
+        fs, path = self._fs()
+        if not fs.exists(path):
+            return []
+        fs.invalidate_cache()
+        root = path.rstrip("/") + "/"
+        return sorted(name for name in (f[len(root) :] for f in fs.find(path)) if ".tmp-" not in name)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.open(name) as handle:
+            return handle.read()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write whole or not at all."""
+        if self.is_local:
+            with self.create(name) as aside:
+                aside.write_bytes(data)
+        else:
+            fs, path = self._fs(name)
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            fs.pipe_file(path, data)
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to; when the block ends well, the file is there under `name`, whole and flushed to the disk."""
+        fs, path = self._fs(name)
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        if self.is_local:
+            aside = Path(f"{path}.tmp-{uuid.uuid4().hex[:8]}")
+        else:
+            aside = Path(tempfile.mkdtemp(prefix="retrikt-")) / posixpath.basename(path)
+        try:
+            yield aside
+            if self.is_local:
+                with open(aside, "rb") as handle:
+                    os.fsync(handle.fileno())
+                os.replace(aside, path)
+                directory = os.open(os.path.dirname(path), os.O_RDONLY)
+                try:
+                    os.fsync(directory)  # else a power cut may forget the new name
+                finally:
+                    os.close(directory)
+            else:
+                fs.put_file(str(aside), path)
+        finally:
+            aside.unlink(missing_ok=True)
+            if not self.is_local:
+                aside.parent.rmdir()
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable handle for reading. Raises ArtifactError when the file is missing."""
+        fs, path = self._fs(name)
+        try:
+            return fs.open(path, "rb")
+        except FileNotFoundError:
+            raise ArtifactError(f"{self.uri}/{name} is missing") from None
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 hex digest of a file, read piece by piece."""
+        with self.open(name) as handle:
+            found = hashlib.sha256()
+            while piece := handle.read(1 << 20):
+                found.update(piece)
+            return found.hexdigest()
+
+    def read_json(self, name: str) -> Any:
+        data = self.read_bytes(name)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise ArtifactError(f"{self.uri}/{name} is not JSON ({error})") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, as_json(value))
+
+    def write_sealed(self, name: str, value: dict[str, Any]) -> None:
+        """JSON that carries the digest of itself, so that a reader sees any change of it."""
+        self.write_json(name, value | {"checksum": digest(value)})
+
+    def read_sealed(self, name: str) -> dict[str, Any]:
+        """What `write_sealed` wrote. Raises ArtifactError where a single byte is not as it was written."""
+        value = self.read_json(name)
+        if not isinstance(value, dict) or "checksum" not in value:
+            raise ArtifactError(f"{self.uri}/{name} has no checksum: cut, or written by another version")
+        body = {k: v for k, v in value.items() if k != "checksum"}
+        if value["checksum"] != digest(body) or as_json(value) != self.read_bytes(name):
+            raise ArtifactError(f"{self.uri}/{name} was altered: it does not fit its own checksum")
+        return body
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """One Parquet file. Raises ArtifactError that names the file when it cannot be read as Parquet."""
+        data = self.read_bytes(name)
+        try:
+            return pq.read_table(io.BytesIO(data), columns=columns)
+        except (pa.ArrowInvalid, OSError, KeyError) as error:
+            raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
+
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file opened for reading row group by row group. Raises ArtifactError that names it when it cannot be read."""
+        with self.open(name) as handle:
+            try:
+                yield pq.ParquetFile(handle)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
+
+    def read_tables(self, prefix: str = "part-", columns: list[str] | None = None) -> pa.Table:
+        """All Parquet files whose name starts with `prefix`, in the order of their names, as one table."""
+        names = [n for n in self.files() if n.startswith(prefix) and n.endswith(".parquet")]
+        if not names:
+            raise ArtifactError(f"{self.uri} holds no {prefix}*.parquet")
+        return pa.concat_tables([self.read_table(n, columns) for n in names])
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        self.write_bytes(name, buffer.getvalue())
+
+    def remove(self, name: str = "") -> None:
+        fs, path = self._fs(name)
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+
+    def local(self) -> Path:
+        """A local directory with these files: itself on a disk, else a copy in a cache that is keyed by the manifest."""
+        if self.is_local:
+            return Path(self.uri)
+        key = digest([self.uri, self.read_bytes(MANIFEST).decode() if self.exists(MANIFEST) else time.time()])[:20]
+        target = Path(tempfile.gettempdir()) / f"retrikt-{os.getuid()}" / key
+        if not target.exists():
+            aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
+            for name in self.files():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                fs, path = self._fs(name)
+                fs.get_file(path, str(aside / name))
+            try:
+                aside.rename(target)
+            except OSError:  # another process of this machine was first; its copy is the same
+                if not target.exists():
+                    raise
+        return target
+
+    def upload(self, source: Path) -> None:
+        """Copy every file below a local directory into this folder, each one whole or not at all."""
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            self.write_bytes(path.relative_to(source).as_posix(), path.read_bytes())
