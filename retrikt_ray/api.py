@@ -12,7 +12,7 @@ import json
 import logging
 import uuid
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -70,7 +70,9 @@ def refuse_body(_: Request, error: Exception) -> JSONResponse:
     if first["type"] == "missing":
         found = f"{field} is missing" if field != "the body" else "the body is empty"
     elif first["type"] == "extra_forbidden":
-        return refuse(None, Refusal(422, f"there is no field {field}", "inputs, and top_k for /predict or k for /retrieve"))
+        return refuse(
+            None, Refusal(422, f"there is no field {field}", "inputs, and top_k for /predict, or k, mode, label and source for /retrieve")
+        )
     else:
         found = f"{field}: found {show(first['input'])}"
     expected = (
@@ -115,6 +117,11 @@ class RetrieveBody(Body):
     """What POST /retrieve takes."""
 
     k: int = Field(8, ge=1, le=100, strict=True, description="Rows of the store per text.")
+    mode: Literal["dense", "lexical", "hybrid"] = Field(
+        "dense", description="By the student's vectors, by shared words (BM25), or both, apart: {dense, lexical}."
+    )
+    label: str | None = Field(None, description="Only rows that the teacher gives this label.")
+    source: str | None = Field(None, description="Only rows of this source: generated, task, unlabelled or added.")
 
 
 def read_texts(inputs: Any, pair: bool, args: ServeArgs) -> list[Text]:
@@ -226,12 +233,12 @@ def build_api(endpoint: Endpoint) -> FastAPI:
 
     @api.post("/retrieve", responses=problems)
     async def retrieve(body: RetrieveBody) -> Any:
-        """The k nearest rows of the store per text."""
-        return await endpoint.answer(endpoint.retrieve_batch, body.inputs, body.k)
+        """Rows of the store per text: the nearest, those that share most words, or both."""
+        return await endpoint.answer(endpoint.retrieve_batch, body.inputs, body)
 
     @api.post("/explain", responses=problems)
     async def explained(body: Body) -> Any:
-        """The prediction, the student's own answer, and the neighbours that voted."""
+        """The prediction, the student's own answer, the rows that voted, and how."""
         return await endpoint.answer(endpoint.predict_batch, body.inputs, endpoint.explanations)
 
     @api.get("/health")

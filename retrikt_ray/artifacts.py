@@ -52,8 +52,8 @@ def read_manifest(folder: Folder) -> Manifest | None:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
 
 
-def check(folder: Folder, deep: bool = False) -> Manifest:
-    """The manifest, after every file it names was found with its size and, when deep, its SHA-256.
+def check(folder: Folder, deep: bool = False, only: list[str] | None = None) -> Manifest:
+    """The manifest, after every file it names (or of them those in `only`) was found with its size and, when deep, its SHA-256.
 
     Raises ArtifactError that names the first file that is missing, cut, or altered.
     """
@@ -61,6 +61,8 @@ def check(folder: Folder, deep: bool = False) -> Manifest:
     if manifest is None:
         raise ArtifactError(f"{folder} is not complete: it has no {MANIFEST}")
     for name, want in manifest.files.items():
+        if only is not None and name not in only:
+            continue
         if not folder.exists(name):
             raise ArtifactError(f"{folder}/{name} is missing; its manifest names it")
         size = folder.size(name)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import retrikt_ray
+from retrikt_ray.store_cli import store
 
 DEFAULT_RUN = "runs/quickstart"
 
@@ -212,32 +213,28 @@ def merge(runs: tuple[str, ...], out: str) -> None:
 @main.command()
 @click.argument("run_uri", metavar="RUN")
 @click.argument("texts", nargs=-1, required=True)
-@click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours to show.")
+@click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours of either kind to show.")
 def predict(run_uri: str, texts: tuple[str, ...], neighbours: int) -> None:
     """Answer texts, with the evidence. In pair tasks write TEXT ||| SECOND TEXT."""
     from retrikt_ray import cluster
     from retrikt_ray.predictor import Predictor
     from retrikt_ray.progress import console
-    from retrikt_ray.settings import ConfigError
+    from retrikt_ray.taskdata import read_text
 
     cluster.quiet(None)
     predictor = Predictor.open(run_uri)
-    inputs: list[tuple[str, str | None]] = []
-    for text in texts:
-        first, mark, second = text.partition("|||")
-        if bool(mark) != predictor.task["pair"] or not first.strip() or (mark and not second.strip()):
-            want = "TEXT ||| SECOND TEXT" if predictor.task["pair"] else "one text"
-            raise ConfigError(f"the task {predictor.task['name']} takes {want}; found {text!r}")
-        inputs.append((first.strip(), second.strip() if mark else None))
-    found = predictor.predict(inputs)
+    found = predictor.predict([read_text(t, predictor.task) for t in texts])
     for i, text in enumerate(texts):
         label, score = predictor.named(found.answers[i])
         console.print(f"[bold]{label}[/bold] {score:.2f}  {text}", markup=True)
-        for position, similarity in zip(found.positions[i][:neighbours], found.similarities[i], strict=False):
-            if position >= 0:
-                row = predictor.row(int(position))
+        for name, hits in (("similarity", found.dense), ("words", found.lexical)):
+            assert hits is not None
+            for row in predictor.neighbours(hits, i, neighbours, name):
                 shown = row["text"] if row["text_pair"] is None else f"{row['text']} ||| {row['text_pair']}"
-                console.print(f"    {similarity:.2f}  {row['label']} ({row['source']}): {shown}", markup=False)
+                console.print(f"    {name} {row[name]:5.2f}  {row['label']} ({row['source']} {row['id']}): {shown}", markup=False)
+
+
+main.add_command(store)
 
 
 @main.command()

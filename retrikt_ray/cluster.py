@@ -9,9 +9,12 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from retrikt_ray.progress import track
 from retrikt_ray.settings import ConfigError, Scaled
 
 SPARE_CPUS = 2  # Ray Data's reading tasks need whole CPUs beside the actors that hold theirs
@@ -130,3 +133,51 @@ def plan(config: Scaled, stage: str, *, cpus: float = 1, grow: bool = True) -> W
                 f"the cluster has, or can grow to, {have[kind]:g}"
             )
     return Workers(count, each, gpus)
+
+
+def widest(workers: Workers | None) -> int:
+    """Threads that one task may use while no other runs: all CPUs of the plan, as far as one node has them."""
+    import ray
+
+    if workers is None:
+        return 1
+    largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return max(1, int(min(workers.count * workers.cpus, largest)))
+
+
+def each(
+    function: Callable[..., Any],
+    calls: list[tuple[Any, ...]],
+    workers: Workers | None,
+    label: str,
+    *,
+    cpus: float = 0,
+    by_reference: bool = False,
+) -> list[Any]:
+    """function(*call) for every call, as Ray tasks with progress, at most as many at a time as there are workers; or, without workers, here.
+
+    cpus: what a task reserves, else a worker's share. by_reference: results stay in Ray's object store and can be passed on; a list or tuple
+    of references inside a call is resolved where the task runs.
+    """
+    if workers is None:
+        return [function(*call) for call in calls]
+    import ray
+
+    def task(*call: Any) -> Any:
+        return function(*(ray.get(a) if isinstance(a, list) and a and isinstance(a[0], ray.ObjectRef) else a for a in call))
+
+    remote = ray.remote(num_cpus=cpus or workers.cpus)(task)
+    started: list[Any] = []
+    running: list[Any] = []
+    waiting = list(reversed(calls))
+    with track(label, len(calls), "tasks") as progress:
+        while waiting or running:
+            while waiting and len(running) < workers.count:
+                started.append(remote.remote(*waiting.pop()))
+                running.append(started[-1])
+            ready, running = ray.wait(running)
+            for reference in ready:
+                if not by_reference:
+                    ray.get(reference)  # a failure ends the rest at once
+                progress.advance()
+    return started if by_reference else ray.get(started)

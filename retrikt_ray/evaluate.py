@@ -82,7 +82,9 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
 
     from retrikt_ray import baselines
     from retrikt_ray.distill import DistillConfig, build, fit, load_rows, load_validation
-    from retrikt_ray.predictor import Predictor, mix
+    from retrikt_ray.lexical import Lexical, Postings
+    from retrikt_ray.predictor import Mixture, Predictor, Votes, mix
+    from retrikt_ray.search import Searcher
     from retrikt_ray.training import Solo
 
     torch.set_num_threads(threads)
@@ -94,10 +96,10 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
     checking = (texts_of(validation), np.array([r["value"] for r in validation]))
 
     if name in ("retrikt", "student_kd_store"):
-        predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads)
+        predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads, edited=False)
 
         def ask(texts: list[Any]) -> np.ndarray:
-            return predictor.predict(texts).answers if name == "retrikt" else predictor.student.encode(texts)[0].numpy()
+            return predictor.predict(texts, evidence=False).answers if name == "retrikt" else predictor.student.encode(texts)[0].numpy()
 
         system = baselines.System(ask, predictor.student.model.parameter_count)
     elif name == "majority":
@@ -125,16 +127,14 @@ def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, l
             system = baselines.System(lambda texts: student.encode(texts)[0].numpy(), student.model.parameter_count)
             if name.startswith("store:"):
                 # The run's own mixture over the part of the store: searched exactly, as it is small
-                mixture = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads).mixture
-                own = student.encode(chosen.texts)[1].numpy()
-
-                def with_neighbours(texts: list[Any]) -> np.ndarray:
-                    answers, vectors = (x.numpy() for x in student.encode(texts))
-                    similar = vectors @ own.T
-                    nearest = np.argsort(-similar, axis=1, kind="stable")[:, : mixture.k]
-                    return mix(answers, np.take_along_axis(similar, nearest, 1), chosen.teacher.numpy()[nearest], mixture)
-
-                answers = with_neighbours(texts_of(test))
+                mixture = Mixture(**inputs["index"].read_json("mixture.json"))
+                own, words = student.encode(chosen.texts)[1].numpy(), Lexical([Postings.of([chosen.texts], 0)])
+                answers, vectors = (x.numpy() for x in student.encode(texts_of(test)))
+                dense = Searcher.over(own, 0, threads).search(vectors, mixture.k)
+                lexical = words.search(texts_of(test), mixture.lexical_k)
+                labels = chosen.teacher.numpy()
+                near, alike = (Votes(scores, labels[rows]) for rows, scores in (dense, lexical))
+                answers = mix(answers, near, alike, mixture)
                 return {"answers": answers, "parameters": system.parameters, "latency_ms": 0.0, "rows": len(mine)}
     texts = texts_of(test)
     return {
@@ -151,7 +151,7 @@ def examples_of(inputs: dict[str, Folder], count: int, threads: int) -> list[dic
     from retrikt_ray.predictor import Predictor
 
     torch.set_num_threads(threads)
-    predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads)
+    predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads, edited=False)
     rows = inputs["task"].read_table("test.parquet").slice(0, count).to_pylist()
     if not rows:
         return []
@@ -159,11 +159,8 @@ def examples_of(inputs: dict[str, Folder], count: int, threads: int) -> list[dic
     shown = []
     for i, row in enumerate(rows):
         label, score = predictor.named(found.answers[i])
-        neighbours = [
-            predictor.row(int(p)) | {"similarity": float(s)}
-            for p, s in zip(found.positions[i][:4], found.similarities[i], strict=False)
-            if p >= 0
-        ]
+        assert found.dense is not None
+        neighbours = predictor.neighbours(found.dense, i, 4, "similarity")
         shown.append({k: row[k] for k in ("text", "text_pair", "label")} | {"predicted": label, "score": score, "neighbours": neighbours})
     return shown
 

@@ -1,21 +1,21 @@
-"""Prediction with evidence: the student's own answer mixed with the vote of the rows it retrieves.
+"""Prediction with evidence: the student's own answer mixed with the votes of the rows it retrieves.
 
-p = w p_student + (1 - w) p_neighbours, where p_neighbours is the similarity-weighted mean of the neighbours' teacher labels
-(softmax of similarity / tau over k). The weight, k and tau are fitted on validation by the index stage. In regression the same mixture
-is of values.
+p = (1 - d - l) p_student + d p_dense + l p_lexical, where p_dense is the mean of the nearest rows' teacher labels, weighted by softmax of
+similarity / tau over k, and p_lexical the same over the rows with the highest BM25 scores. Weights, k and tau are fitted on validation by
+the index stage. In regression the same mixture is of values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retrikt_ray.artifacts import check
 from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.search import Searcher
+from retrikt_ray.knowledge import Hits, Knowledge
 
 if TYPE_CHECKING:
     from retrikt_ray.classifier import Text
@@ -28,31 +28,51 @@ class Mixture:
 
     student: float
     dense: float
+    lexical: float
     k: int
     tau: float
+    lexical_k: int
+    lexical_tau: float  # in units of BM25 scores
 
 
-GRID = [
-    Mixture(w, round(1 - w, 1), k, tau)
-    for k in (8, 16, 32, 64)
-    for tau in (0.02, 0.05, 0.1)
-    for w in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-]
+KS, MOST = (8, 16, 32, 64), 64
+TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
+TENTHS = [i / 10 for i in range(10)]
+ALONE = Mixture(1.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
 
 
-def vote(similarities: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
-    """Similarity-weighted mean of the neighbours' labels. similarities (Q, k), -inf where there is none; labels (Q, k, C) -> (Q, C)"""
-    best = similarities.max(1, keepdims=True)
-    weights = np.exp((similarities - np.where(np.isfinite(best), best, 0)) / tau)
-    weights /= weights.sum(1, keepdims=True).clip(1e-12)  # a query whose lists are all empty gets no vote
+@dataclass(frozen=True)
+class Votes:
+    """Neighbours of Q queries."""
+
+    scores: np.ndarray  # (Q, k) similarities or BM25 scores, best first, -inf where there is none
+    labels: np.ndarray  # (Q, k, C)
+
+
+def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
+    """Mean of the neighbours' labels, weighted by softmax of score / tau. scores (Q, k), -inf where there is none; labels (Q, k, C) -> (Q, C)"""
+    best = scores.max(1, keepdims=True)
+    weights = np.exp((scores - np.where(np.isfinite(best), best, 0)) / tau)
+    weights /= weights.sum(1, keepdims=True).clip(1e-12)  # a query that found nothing gets no vote
     return np.einsum("qk,qkc->qc", weights, labels)
 
 
-def mix(student: np.ndarray, similarities: np.ndarray, labels: np.ndarray, mixture: Mixture) -> np.ndarray:
-    """(Q, C) answers of student and its k neighbours together."""
-    k = min(mixture.k, similarities.shape[1])
-    weight = mixture.dense * np.isfinite(similarities[:, :1])  # 0 for a query that found no neighbour
-    return (1 - weight) * student + weight * vote(similarities[:, :k], labels[:, :k], mixture.tau)
+def cast(votes: Votes, k: int, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    """The vote of the first k neighbours (Q, C), and 1 for a query that has any, else 0, (Q, 1)."""
+    k = min(k, votes.scores.shape[1])
+    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :1]).astype(np.float64)
+
+
+def mix(student: np.ndarray, dense: Votes | None, lexical: Votes | None, mixture: Mixture) -> np.ndarray:
+    """(Q, C) answers of student and neighbours together; where one side found nothing, its weight is the student's. None: weight 0."""
+    answers, left = np.zeros_like(student, dtype=np.float64), np.ones((len(student), 1))
+    sides = ((dense, mixture.dense, mixture.k, mixture.tau), (lexical, mixture.lexical, mixture.lexical_k, mixture.lexical_tau))
+    for votes, weight, k, tau in sides:
+        if weight and votes is not None:
+            told, there = cast(votes, k, tau)
+            answers += weight * there * told
+            left -= weight * there
+    return answers + left * student
 
 
 def loss(truth: np.ndarray, answers: np.ndarray) -> float:
@@ -62,10 +82,26 @@ def loss(truth: np.ndarray, answers: np.ndarray) -> float:
     return float(-np.log(np.clip(answers[np.arange(len(truth)), truth.astype(int)], 1e-6, 1)).mean())
 
 
-def fit_mixture(truth: np.ndarray, student: np.ndarray, similarities: np.ndarray, labels: np.ndarray) -> Mixture:
-    """The mixture of the grid with the smallest validation loss; the student alone where no mixture beats it."""
-    alone = Mixture(1.0, 0.0, 8, 0.05)
-    return min([alone, *GRID], key=lambda m: loss(truth, mix(student, similarities, labels, m)))
+def fit_mixture(truth: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes) -> Mixture:
+    """The mixture with the smallest validation loss; the student alone where no mixture beats it.
+
+    k and tau of each side are chosen with the student alone beside it, then the weights of both together: few choices for few rows.
+    """
+
+    def best(some: list[Mixture]) -> Mixture:
+        return min(some, key=lambda m: loss(truth, mix(student, dense, lexical, m)))
+
+    weights = TENTHS[1:]
+    d = best([replace(ALONE, student=round(1 - w, 1), dense=w, k=k, tau=tau) for k in KS for tau in TAUS for w in weights])
+    words = [(k, tau, w) for k in KS for tau in LEXICAL_TAUS for w in weights]
+    s = best([replace(ALONE, student=round(1 - w, 1), lexical=w, lexical_k=k, lexical_tau=tau) for k, tau, w in words])
+    pairs = [(a, b) for a in TENTHS for b in TENTHS if a + b < 0.95]
+    both = [Mixture(round(1 - a - b, 1), a, b, d.k, d.tau, s.lexical_k, s.lexical_tau) for a, b in pairs]
+    return best([ALONE, *both])
+
+
+def votes_of(hits: Hits | None) -> Votes | None:
+    return None if hits is None else Votes(hits.scores, hits.labels)
 
 
 @dataclass
@@ -74,60 +110,64 @@ class Prediction:
 
     answers: np.ndarray  # (Q, C) mixed probabilities, or (Q, 1) values
     student: np.ndarray  # (Q, C) the student's own
-    positions: np.ndarray  # (Q, k) neighbours in the store, -1 where there is none
-    similarities: np.ndarray  # (Q, k) cosine
+    dense: Hits | None  # the nearest rows; None where they were not asked for
+    lexical: Hits | None  # the rows that share most words
+
+    def part(self, low: int, high: int) -> Prediction:
+        """Of the texts low .. high - 1."""
+        return Prediction(self.answers[low:high], self.student[low:high], *(h and h.part(low, high) for h in (self.dense, self.lexical)))
 
 
 class Predictor:
-    """Student, index and store of a run, opened for answering."""
+    """Student and knowledge of a run, opened for answering."""
 
-    def __init__(self, student: Student, searcher: Searcher, store: Any, task: dict[str, Any], mixture: Mixture) -> None:
-        self.student, self.searcher, self.task, self.mixture = student, searcher, task, mixture
-        self.store = store  # pyarrow table of the rows in the order of positions
-        self.labels = np.array(store["teacher_probs"].to_pylist(), dtype=np.float32)  # (N, C)
+    def __init__(self, student: Student, knowledge: Knowledge, mixture: Mixture) -> None:
+        self.student, self.knowledge, self.mixture = student, knowledge, mixture
+        self.task = knowledge.task
 
     @staticmethod
-    def open(run: str | Folder, threads: int = 1) -> Predictor:
-        """Open RUN's task card, student, index and store after comparing each with its manifest.
+    def open(run: str | Folder, threads: int = 1, *, edited: bool = True) -> Predictor:
+        """Open RUN's task card, student and knowledge after comparing each with its manifest. edited=False: as the run made it.
 
         Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
         """
         from retrikt_ray.student import Student
 
         folder = Folder.at(run) if isinstance(run, str) else run
-        if not folder.exists("config.yaml"):
-            raise ArtifactError(f"{folder} is not a run directory: it has no config.yaml")
-        # The index is compared by SHA-256 when it is opened, below.
-        seals = {name: check(folder / name, deep=name != "index") for name in ("task", "student", "store", "index")}
-        for name in ("student", "store"):
-            if seals["index"].inputs[name] != seals[name].content:
-                raise ArtifactError(f"{folder}/index was built from another {name}; run `retrikt index {folder}`")
-        columns = ["id", "text", "text_pair", "source", "asked_label", "teacher_probs"]
-        mixture = Mixture(**(folder / "index").read_json("mixture.json"))
-        searcher = Searcher.open(folder / "index", threads)
-        store = (folder / "store").read_tables(columns=columns)
-        if searcher.rows != store.num_rows:
-            raise ArtifactError(f"{folder}/index holds {searcher.rows} rows, {folder}/store {store.num_rows}")
-        return Predictor(
-            Student.load(str((folder / "student").local())), searcher, store, (folder / "task").read_json("task.json"), mixture
-        )
+        knowledge = Knowledge(folder, threads, edited=edited)
+        index = folder / "index"
+        if check(index, deep=True, only=["mixture.json"]).inputs["student"] != knowledge.student:
+            raise ArtifactError(f"{index}/mixture.json was fitted for another student; run `retrikt index {folder}`")
+        try:
+            mixture = Mixture(**index.read_json("mixture.json"))
+        except TypeError as error:
+            raise ArtifactError(f"{index}/mixture.json is not of this version ({error}); run `retrikt index {folder}`") from None
+        return Predictor(Student.load(str((folder / "student").local())), knowledge, mixture)
 
-    def retrieve(self, texts: Sequence[Text], k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The student's answers (Q, C), and the k nearest rows: positions (Q, k) and similarities (Q, k)."""
-        answers, vectors = self.student.encode(list(texts))
-        positions, similarities = self.searcher.search(vectors.numpy(), k)
-        return answers.numpy(), positions, similarities
+    def predict(self, texts: Sequence[Text], evidence: bool = True) -> Prediction:
+        """Answer Q texts, each a (text, second text or None). evidence=False: sides without a vote are not searched."""
+        answers, vectors = (x.numpy() for x in self.student.encode(list(texts)))
+        m, dense, lexical = self.mixture, None, None
+        if m.dense or evidence:
+            dense = self.knowledge.search(vectors, m.k)
+        if m.lexical or evidence:
+            lexical = self.knowledge.search_words(list(texts), m.lexical_k)
+        return Prediction(mix(answers, votes_of(dense), votes_of(lexical), m), answers, dense, lexical)
 
-    def predict(self, texts: Sequence[Text]) -> Prediction:
-        """Answer Q texts, each a (text, second text or None)."""
-        student, positions, similarities = self.retrieve(texts, self.mixture.k)
-        return Prediction(mix(student, similarities, self.labels[positions], self.mixture), student, positions, similarities)
+    def retrieve(self, texts: Sequence[Text], k: int, **where: str | None) -> Hits:
+        """The k nearest rows of each text; label=, source=: only such rows."""
+        return self.knowledge.search(self.student.encode(list(texts))[1].numpy(), k, **where)
 
     def row(self, position: int) -> dict[str, Any]:
         """One row of the store: id, text, text_pair, source, asked_label, and the teacher's label and its score."""
-        row = self.store.slice(position, 1).to_pylist()[0]
+        row = self.knowledge.row(position)
         label, score = self.named(np.asarray(row.pop("teacher_probs")))
         return row | {"label": label, "score": score}
+
+    def neighbours(self, hits: Hits, query: int, most: int, score: str) -> list[dict[str, Any]]:
+        """Up to `most` rows that a query found, best first; `score` names the key of their similarity or BM25 score."""
+        found = zip(hits.positions[query][:most], hits.scores[query], strict=False)
+        return [self.row(int(p)) | {score: float(s)} for p, s in found if p >= 0]
 
     def named(self, answer: np.ndarray) -> tuple[str, float]:
         """The label of an answer (C,) and its probability; in regression the value as text and as number."""
@@ -138,13 +178,15 @@ class Predictor:
 
     def info(self) -> dict[str, Any]:
         """What is served: task, labels, sizes, mixture, index."""
+        knowledge = self.knowledge
+        state = knowledge.state
         return {
             "task": self.task["name"],
             "problem": self.task["problem"],
             "labels": self.task["labels"],
             "pair": self.task["pair"],
             "student": {"kind": self.student.model.config.kind, "parameters": self.student.model.parameter_count},
-            "store": {"rows": self.store.num_rows},
-            "index": {"factory": self.searcher.card["factory"], "shards": len(self.searcher.shards), "width": self.searcher.width},
+            "store": {"rows": knowledge.count, "version": state.version if state else 0},
+            "index": {"factory": knowledge.card["factory"], "shards": len(knowledge.card["shards"]), "width": knowledge.card["width"]},
             "mixture": asdict(self.mixture),
         }

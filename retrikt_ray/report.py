@@ -267,7 +267,7 @@ Rows: {% for name, n in report.rows.items() %}{{ "{:,}".format(n) }} {{ name }}{
 {% if figures.reliability %}{{ figure(figures.reliability, "Reliability",
   "On the dashed line, confidence is right; larger dots, more rows. Expected calibration error: %.3f."|format(report.ece)) }}{% endif +%}
 {% if report.mixture %}{{ bars("Weight in an answer" ~ (" (%d neighbours)"|format(report.mixture.k) if report.mixture.k),
-  report.mixture.items()|rejectattr(0, "in", ("k", "tau"))|list, "{:.2f}".format) }}{% endif +%}
+  report.mixture.items()|selectattr(0, "in", ("student", "dense", "lexical"))|list, "{:.2f}".format) }}{% endif +%}
 </div></section>{% endif %}
 {% if report.examples %}
 <section><h2>Examples with their neighbours</h2>

@@ -1,20 +1,35 @@
 """Searching the index: verified shards, merged answers.
 
-A shard is a FAISS file over unit vectors (inner product = cosine similarity) whose ids are positions in the store. Searching N shards and
-merging gives the ids and similarities of one index over all rows, ties by position, for Flat and IVF with one shared quantizer.
-FAISS files are only opened after their SHA-256 was found to be the manifest's.
+A shard is a FAISS file over unit vectors (inner product = cosine similarity) of the rows low .. high - 1 of the store, in their order, so
+that a row's position is `low` plus its number in the file. Searching N shards and merging gives the positions and similarities of one index
+over all rows, ties by position, for Flat and for IVF with one shared quantizer. Three things would spoil that and are taken care of:
+FAISS keeps any of several rows that tie for the last place; its Flat search rounds by how BLAS cuts the matrix into blocks; and the quantizer
+must be asked once, not once a shard. FAISS files are only opened after their SHA-256 was found to be the manifest's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
 
 from retrikt_ray import artifacts
 from retrikt_ray.folders import ArtifactError, Folder
+
+SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
+
+
+class Search(Protocol):
+    """What answers dense queries: this process, Ray actors, or whatever gives the same answers."""
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (Q, k), -1 where there are fewer rows, and cosine similarities (Q, k), best first, ties by position.
+
+        queries: (Q, width) unit float32. allowed: (rows,) bool, the rows that may be found; None: all.
+        """
+        ...
 
 
 def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,52 +44,202 @@ def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tupl
     return found, best.astype(np.float32)
 
 
-def search_shard(shard: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities and ids of at least the k best rows, all that tie with the k-th among them.
+def allowing(rows: np.ndarray) -> Any:
+    """FAISS's selector of the rows that are True, (n,) bool."""
+    return faiss.IDSelectorBitmap(np.packbits(rows, bitorder="little"))
 
-    FAISS keeps any of several rows that tie for the last place; which one must not depend on how rows were cut into shards.
-    """
-    ask = k + 1
-    while True:
-        similarities, ids = shard.search(queries, max(1, min(ask, shard.ntotal)))
-        tied = ids.shape[1] > k and ((similarities[:, -1] == similarities[:, k - 1]) & (ids[:, -1] >= 0)).any()
-        if not tied or ask >= shard.ntotal:
-            return similarities, ids
-        ask *= 2
+
+def with_probes(index: Any, nprobe: int, selector: Any) -> Any:
+    """FAISS search parameters for any index of the factory; None where the defaults do."""
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = with_probes(faiss.downcast_index(index.index), nprobe, selector)
+        return inner and faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(nprobe=min(nprobe, index.nlist), sel=selector)
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=max(64, nprobe), sel=selector)
+    return faiss.SearchParameters(sel=selector) if selector is not None else None
+
+
+class Lists:
+    """The trained part that all shards of an IVF index share: rotation and coarse quantizer, asked once for all of them."""
+
+    def __init__(self, index: Any, nprobe: int) -> None:
+        self.chain = []
+        if isinstance(index, faiss.IndexPreTransform):
+            self.chain = [faiss.downcast_VectorTransform(index.chain.at(i)) for i in range(index.chain.size())]
+            index = faiss.downcast_index(index.index)
+        self.quantizer, self.nprobe = faiss.downcast_index(index.quantizer), min(nprobe, index.nlist)
+        self.owner = index  # keeps the quantizer alive
+
+    def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rotated queries (Q, d), and the similarities and numbers (Q, nprobe) of the lists to visit."""
+        for transform in self.chain:
+            queries = transform.apply(queries)
+        return queries, *self.quantizer.search(queries, self.nprobe)
+
+
+class Shard:
+    """One FAISS index over the rows low .. low + ntotal - 1."""
+
+    def __init__(self, index: Any, low: int, norm: float) -> None:
+        self.index, self.low, self.norm = index, low, norm  # norm: length of the longest vector
+        self.ivf = faiss.try_extract_index_ivf(index)
+        self.vectors = None
+        if isinstance(index, faiss.IndexFlat) and index.ntotal:
+            self.vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+
+    def ask(self, queries: np.ndarray, k: int, nprobe: int, selector: Any, visit: Any) -> tuple[np.ndarray, np.ndarray]:
+        """FAISS's own k best: similarities and numbers in the file."""
+        params = with_probes(self.index, nprobe, selector)
+        if self.ivf is None:
+            return self.index.search(queries, k, params=params)
+        rotated, similarities, chosen = visit
+        params = faiss.SearchParametersIVF(nprobe=chosen.shape[1], sel=selector)
+        return self.ivf.search_preassigned(rotated, k, chosen, similarities, params=params)
+
+    def search(self, queries: np.ndarray, k: int, nprobe: int, allowed: np.ndarray | None, visit: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and positions of at least the k best rows, all that could tie with the k-th among them."""
+        total, selector = self.index.ntotal, None
+        if total == 0:
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        if allowed is not None:
+            mine = allowed[self.low : self.low + total]
+            if not mine.all():
+                selector = allowing(mine)
+        # How far FAISS's inner products may be from ours: the usual bound for a sum of d products in float32.
+        margin = np.zeros(len(queries))
+        if self.vectors is not None:
+            margin = 2 * self.index.d * 2.0**-23 * self.norm * np.linalg.norm(queries, axis=1)
+        ask = min(total, k + (SLACK if self.vectors is not None else 1))
+        similarities, numbers = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        pending = np.arange(len(queries))
+        while len(pending):
+            part = visit and tuple(v[pending] for v in visit)
+            found, which = self.ask(queries[pending], ask, nprobe, selector, part)
+            grow = ((0, 0), (0, ask - numbers.shape[1]))
+            similarities, numbers = np.pad(similarities, grow, constant_values=-np.inf), np.pad(numbers, grow, constant_values=-1)
+            similarities[pending], numbers[pending] = found, which
+            if ask == total:
+                break
+            pending = pending[(which[:, -1] >= 0) & (found[:, -1] >= found[:, k - 1] - margin[pending])]
+            ask = min(total, 2 * ask)
+        if self.vectors is not None:
+            similarities = self.rescored(queries, numbers)
+        return similarities, np.where(numbers < 0, -1, numbers + self.low)
+
+    def rescored(self, queries: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Similarities (Q, c) of found rows, each summed in one order, whatever the batch and the shard. -inf for -1."""
+        assert self.vectors is not None
+        out = np.full(numbers.shape, -np.inf, np.float32)
+        step = max(1, 4_000_000 // max(1, numbers.shape[1] * queries.shape[1]))
+        for start in range(0, len(queries), step):
+            part = slice(start, start + step)
+            rows = self.vectors[numbers[part]].astype(np.float64)
+            out[part] = (rows * queries[part, None]).sum(-1)
+        out[numbers < 0] = -np.inf
+        return out
 
 
 @dataclass
 class Searcher:
-    """All shards of an index, memory-mapped in this process."""
+    """Shards memory-mapped in this process."""
 
-    shards: list[Any]
+    shards: list[Shard]
     width: int
-    card: dict[str, Any]
+    nprobe: int
+    threads: int = 1
 
     @staticmethod
-    def open(folder: Folder, threads: int = 1) -> Searcher:
-        """Verify and open. Raises ArtifactError that names the shard that is missing, cut, altered or not of this index."""
-        artifacts.check(folder, deep=True)
-        faiss.omp_set_num_threads(threads)
+    def open(folder: Folder, threads: int = 1, only: list[str] | None = None) -> Searcher:
+        """Verify and open, or only the shards named. Raises ArtifactError that names the file that is missing, cut, altered or not of this index."""
+        artifacts.check(folder, deep=True, only=None if only is None else ["index.json", *only])
+        return Searcher.unsealed(folder, threads, only)
+
+    @staticmethod
+    def unsealed(folder: Folder, threads: int = 1, only: list[str] | None = None) -> Searcher:
+        """Open shards that this process has just verified, or its own job has just written."""
         card = folder.read_json("index.json")
         local = folder.local()
         shards = []
         for shard in card["shards"]:
-            index = faiss.read_index(str(local / shard["file"]), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-            if index.d != card["width"] or index.ntotal != shard["rows"]:
+            if only is not None and shard["file"] not in only:
+                continue
+            index = faiss.read_index(str(local / shard["file"]), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+            if index.d != card["width"] or index.ntotal != shard["high"] - shard["low"]:
                 raise ArtifactError(
-                    f"{folder}/{shard['file']} holds {index.ntotal} vectors of {index.d} dimensions; index.json says {shard['rows']} of {card['width']}"
+                    f"{folder}/{shard['file']} holds {index.ntotal} vectors of {index.d} dimensions; "
+                    f"index.json says {shard['high'] - shard['low']} of {card['width']}"
                 )
-            shards.append(index)
-        return Searcher(shards, card["width"], card)
+            shards.append(Shard(index, shard["low"], shard["norm"]))
+        return Searcher(shards, card["width"], card["nprobe"], threads)
 
-    @property
-    def rows(self) -> int:
-        return sum(s.ntotal for s in self.shards)
+    @staticmethod
+    def over(vectors: np.ndarray, low: int, threads: int = 1) -> Searcher:
+        """Exact search over vectors in memory, (n, width) float32, at the positions from `low` on."""
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        return Searcher([Shard(index, low, longest(vectors))], vectors.shape[1], 1, threads)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (Q, k), -1 where there are fewer rows, and cosine similarities (Q, k). queries: (Q, width) unit float32."""
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `Search.search`. allowed covers all positions of the store."""
         if queries.ndim != 2 or queries.shape[1] != self.width:
             raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
-        answers = [search_shard(s, np.ascontiguousarray(queries, dtype=np.float32), k) for s in self.shards]
-        return merge([a[1] for a in answers], [a[0] for a in answers], k)
+        if k < 1:
+            raise ValueError(f"k is {k}; expected 1 or more")
+        faiss.omp_set_num_threads(self.threads)  # of the calling thread
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        visit = None
+        if self.shards and self.shards[0].ivf is not None:
+            visit = Lists(self.shards[0].index, self.nprobe)(queries)
+        answers = [s.search(queries, k, self.nprobe, allowed, visit) for s in self.shards]
+        empty = np.zeros((len(queries), 0))
+        return merge([empty.astype(np.int64), *(a[1] for a in answers)], [empty, *(a[0] for a in answers)], k)
+
+
+def longest(vectors: np.ndarray) -> float:
+    """Length of the longest vector."""
+    return float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max())) if len(vectors) else 0.0
+
+
+class ShardActor:
+    """A Ray actor that holds some shards of an index."""
+
+    def __init__(self, folder: Folder, files: list[str], threads: int) -> None:
+        self.searcher = Searcher.open(folder, threads, only=files)
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return self.searcher.search(queries, k, allowed)
+
+
+class ActorSearcher:
+    """The shards of an index spread over Ray actors, asked together; the same answers as `Searcher`.
+
+    An actor that dies is started again by Ray, opens its shards anew, and answers the search that was lost.
+    """
+
+    def __init__(self, folder: Folder, actors: int, threads: int = 1) -> None:
+        import ray
+
+        card = folder.read_json("index.json")
+        files = [s["file"] for s in card["shards"]]
+        start: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(ShardActor)
+        self.width = card["width"]
+        self.actors = [start.remote(folder, files[i::actors], threads) for i in range(min(actors, len(files)))]
+
+    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `Search.search`."""
+        import ray
+
+        if queries.ndim != 2 or queries.shape[1] != self.width:
+            raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
+        shared, mask = ray.put(queries), None if allowed is None else ray.put(allowed)
+        answers = ray.get([a.search.remote(shared, k, mask) for a in self.actors])
+        return merge([a[0] for a in answers], [a[1] for a in answers], k)
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self.actors:
+            ray.kill(actor)

@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +25,10 @@ from pydantic import Field, ValidationError
 from ray import serve
 from starlette.responses import JSONResponse
 
-from retrikt_ray.api import Refusal, build_api, read_texts
+from retrikt_ray.api import Refusal, RetrieveBody, build_api, read_texts
 from retrikt_ray.folders import Folder
-from retrikt_ray.predictor import Prediction, Predictor
+from retrikt_ray.knowledge import Hits
+from retrikt_ray.predictor import Prediction, Predictor, Votes, cast
 from retrikt_ray.settings import ConfigError, Section, explain
 
 if TYPE_CHECKING:
@@ -85,24 +87,38 @@ class Endpoint:
         """Answer several requests, each (texts, how to write its part of the prediction), in one pass."""
 
         def work() -> list[Any]:
-            every = self.predictor.predict([t for texts, _ in requests for t in texts])
-            parts = split(requests, every.answers, every.student, every.positions, every.similarities)
-            return [write(Prediction(*part)) for (_, write), part in zip(requests, parts, strict=True)]
+            self.predictor.knowledge.refresh()
+            evidence = any(write == self.explanations for _, write in requests)
+            every = self.predictor.predict([t for texts, _ in requests for t in texts], evidence)
+            edges = np.cumsum([0, *(len(texts) for texts, _ in requests)]).tolist()
+            return [write(every.part(low, high)) for (_, write), low, high in zip(requests, edges, edges[1:], strict=False)]
 
         return await asyncio.get_running_loop().run_in_executor(self.worker, work)
 
     @serve.batch
-    async def retrieve_batch(self, requests: list[tuple[list[Text], int]]) -> list[Any]:
-        """The k nearest rows for the texts of several requests, each (texts, k), in one pass."""
+    async def retrieve_batch(self, requests: list[tuple[list[Text], RetrieveBody]]) -> list[Any]:
+        """Rows for the texts of several requests. A bad filter is the answer of its own request, not of the batch."""
 
         def work() -> list[Any]:
-            _, positions, similarities = self.predictor.retrieve([t for texts, _ in requests for t in texts], max(k for _, k in requests))
-            parts = split(requests, positions, similarities)
-            return [
-                [self.neighbours(p[:k], s[:k]) for p, s in zip(*part, strict=True)] for (_, k), part in zip(requests, parts, strict=True)
-            ]
+            self.predictor.knowledge.refresh()
+            return [self.retrieved(texts, asked) for texts, asked in requests]
 
         return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+
+    def retrieved(self, texts: list[Text], asked: RetrieveBody) -> Any:
+        """Per text: its nearest rows; those that share most words; or, hybrid, both apart."""
+        where = {"label": asked.label, "source": asked.source}
+        sides: dict[str, list[Any]] = {}
+        try:
+            if asked.mode != "lexical":
+                sides["dense"] = self.neighbours(self.predictor.retrieve(texts, asked.k, **where), "similarity")
+            if asked.mode != "dense":
+                sides["lexical"] = self.neighbours(self.predictor.knowledge.search_words(texts, asked.k, **where), "bm25")
+        except ConfigError as error:
+            return Refusal(422, str(error), "a label of the task, a source of the store")
+        if asked.mode != "hybrid":
+            return sides[asked.mode]
+        return [{side: rows[i] for side, rows in sides.items()} for i in range(len(texts))]
 
     async def answer(self, batched: Callable[[Any], Any], inputs: Any, asked: Any) -> JSONResponse:
         """Check the texts, wait for a batch, and answer one text by one object and a list by a list."""
@@ -114,6 +130,8 @@ class Endpoint:
             answers = await batched((texts, asked))
         finally:
             self.active -= 1
+        if isinstance(answers, Refusal):
+            raise answers
         return JSONResponse(answers if isinstance(inputs, list) else answers[0])
 
     def scores(self, answer: np.ndarray) -> list[dict[str, Any]]:
@@ -122,18 +140,30 @@ class Endpoint:
             return [{"label": "LABEL_0", "score": float(answer[0])}]
         return [{"label": self.predictor.task["labels"][i], "score": float(answer[i])} for i in np.argsort(-answer, kind="stable")]
 
-    def neighbours(self, positions: np.ndarray, similarities: np.ndarray) -> list[dict[str, Any]]:
-        """Rows of the store with their similarity, nearest first."""
-        found = [self.predictor.row(int(p)) | {"similarity": float(s)} for p, s in zip(positions, similarities, strict=True) if p >= 0]
-        return [{key: row[key] for key in ("id", "text", "text_pair", "source", "label", "score", "similarity")} for row in found]
+    def neighbours(self, hits: Hits, score: str) -> list[list[dict[str, Any]]]:
+        """Per query, the rows of the store that it found, best first."""
+        keys = ("id", "text", "text_pair", "source", "label", "score", score)
+        width = hits.positions.shape[1]
+        found = [self.predictor.neighbours(hits, i, width, score) for i in range(len(hits.positions))]
+        return [[{key: row[key] for key in keys} for row in rows] for rows in found]
 
     def explanations(self, part: Prediction) -> list[dict[str, Any]]:
-        """Per text: the answer, the student's own, the neighbours that voted, and the weights of both."""
-        mixture = self.predictor.info()["mixture"]
-        rows = zip(part.answers, part.student, part.positions, part.similarities, strict=True)
+        """Per text: the answer, the student's own, the rows on both sides with their votes, and the weights."""
+        mixture = self.predictor.mixture
+        assert part.dense is not None and part.lexical is not None
+        sides = (("dense", part.dense, mixture.k, mixture.tau), ("lexical", part.lexical, mixture.lexical_k, mixture.lexical_tau))
+        told = {name: cast(Votes(h.scores, h.labels), k, tau) for name, h, k, tau in sides}
+        near, words = self.neighbours(part.dense, "similarity"), self.neighbours(part.lexical, "bm25")
         return [
-            {"prediction": self.scores(a), "student": self.scores(own), "neighbours": self.neighbours(p, s), "mixture": mixture}
-            for a, own, p, s in rows
+            {
+                "prediction": self.scores(part.answers[i]),
+                "student": self.scores(part.student[i]),
+                "votes": {name: self.scores(vote[i]) if there[i] else None for name, (vote, there) in told.items()},
+                "neighbours": near[i],
+                "lexical_neighbours": words[i],
+                "mixture": asdict(mixture),
+            }
+            for i in range(len(part.answers))
         ]
 
 
@@ -143,12 +173,6 @@ def open_predictor(args: ServeArgs) -> Predictor:
 
     torch.set_num_threads(args.threads)
     return Predictor.open(args.run, args.threads)
-
-
-def split(requests: list[tuple[list[Text], Any]], *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """Cut arrays over the texts of all requests into the requests' own."""
-    edges = np.cumsum([len(texts) for texts, _ in requests])[:-1]
-    return list(zip(*(np.split(a, edges) for a in arrays), strict=True))
 
 
 def capacity(args: ServeArgs) -> int:

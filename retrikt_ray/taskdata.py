@@ -113,6 +113,14 @@ def tidy(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def read_text(written: str, task: dict[str, Any]) -> tuple[str, str | None]:
+    """A text as a person writes it on a command line; TEXT ||| SECOND TEXT in pair tasks. Raises DataError."""
+    first, mark, second = written.partition("|||")
+    if bool(mark) != task["pair"] or not first.strip() or (mark and not second.strip()):
+        raise DataError(f"the task {task['name']} takes {'TEXT ||| SECOND TEXT' if task['pair'] else 'one text'}; found {written!r}")
+    return tidy(first), tidy(second) if mark else None
+
+
 def check_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> list[dict[str, Any]]:
     """Rows as {text, text_pair, label}, tidied. Raises DataError on a missing column or an empty text."""
     checked = []

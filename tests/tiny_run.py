@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ from retrikt_ray import artifacts
 from retrikt_ray.annotate import store_schema
 from retrikt_ray.artifacts import Manifest
 from retrikt_ray.folders import Folder
-from retrikt_ray.index import build_shard, train_index
+from retrikt_ray.index import IndexConfig, build_index
 from retrikt_ray.predictor import Mixture
 from retrikt_ray.student import Student, StudentConfig, StudentModel
 
@@ -45,6 +46,7 @@ WORDS = [
     "very",
     "never",
 ]
+VALIDATION = pa.schema([("text", pa.string()), ("text_pair", pa.string()), ("value", pa.float64())])
 LABELS = ["negative", "positive"]
 TEXTS = [
     "a fine film",
@@ -84,20 +86,24 @@ def make_student(pair: bool, outputs: int, seed: int) -> Student:
     return Student(model.eval(), tokenizer)
 
 
-def make_run(path: Path | str, *, pair: bool = False, regression: bool = False, mixture: Mixture | None = None, seed: int = 0) -> Folder:
+def make_run(
+    path: Path | str, *, pair: bool = False, regression: bool = False, mixture: Mixture | None = None, seed: int = 0, **index: Any
+) -> Folder:
     """Write config.yaml, task/, student/, store/ (two parts) and index/ (two shards), each sealed over the others as the pipeline does."""
     run = Folder.at(path)
     rng = np.random.default_rng(seed)
     run.write_bytes("config.yaml", b"seed: 0\n")
     sealed: dict[str, Manifest] = {}
 
-    def seal(name: str, *inputs: str) -> None:
-        contents = {i: sealed[i].content for i in inputs}
+    def seal(name: str, *inputs: str, config: IndexConfig | None = None) -> None:
+        contents, view = {i: sealed[i].content for i in inputs}, config.fingerprint_view() if config else {}
         sealed[name] = artifacts.seal(
-            run / name, stage=name, fingerprint="tiny", config={}, inputs=contents, seed=seed, started=time.time()
+            run / name, stage=name, fingerprint="tiny", config=view, inputs=contents, seed=seed, started=time.time()
         )
 
     card = {"name": "tiny", "problem": "regression" if regression else "classification", "labels": [] if regression else LABELS}
+    validation = [{"text": t, "text_pair": TEXTS[0] if pair else None, "value": 1.0} for t in TEXTS[:3]]
+    (run / "task").write_table("validation.parquet", pa.Table.from_pylist(validation, schema=VALIDATION))
     (run / "task").write_json("task.json", card | {"conditions": LABELS, "template": "{label}: ", "pair": pair, "metric": "accuracy"})
     seal("task")
 
@@ -124,22 +130,13 @@ def make_run(path: Path | str, *, pair: bool = False, regression: bool = False, 
                 "created_by": "tiny",
             }
         )
-    vectors = student.encode([(r["text"], r["text_pair"]) for r in rows])[1].numpy()
-    scratch = run / ".scratch/index"
     for part, (low, high) in enumerate(((0, 7), (7, 12))):
-        name = f"part-{part:05d}.parquet"
-        (run / "store").write_table(name, pa.Table.from_pylist(rows[low:high], schema=store_schema(4)))
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors[low:high].reshape(-1)), vectors.shape[1])
-        scratch.write_table(name, pa.table({"vector": column}))
+        (run / "store").write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist(rows[low:high], schema=store_schema(4)))
     seal("store", "task")
 
-    index, parts, trained = run / "index", [("part-00000.parquet", 0), ("part-00001.parquet", 7)], train_index("Flat", vectors, 16)
-    shards = [
-        build_shard(trained, scratch, parts, low, high, index, f"shard-{i:04d}.faiss") for i, (low, high) in enumerate(((0, 5), (5, 12)))
-    ]
-    index.write_table("ids.parquet", pa.table({"id": [r["id"] for r in rows]}))
-    index.write_json("index.json", {"factory": "Flat", "width": vectors.shape[1], "rows": 12, "metric": "cosine", "shards": shards})
-    index.write_json("mixture.json", asdict(mixture or Mixture(0.6, 0.4, 8, 0.1)))
-    seal("index", "task", "store", "student")
-    scratch.remove()
+    queries = student.encode([(r["text"], r["text_pair"]) for r in rows])[1].numpy()
+    config = IndexConfig(**({"shards": 2} | index))
+    build_index(config, run / "store", run / "student", run / "index", queries, seed=seed, workers=None)
+    (run / "index").write_json("mixture.json", asdict(mixture or Mixture(0.5, 0.3, 0.2, 8, 0.1, 4, 1.0)))
+    seal("index", "task", "store", "student", config=config)
     return run

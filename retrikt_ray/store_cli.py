@@ -1,0 +1,158 @@
+"""The `retrikt store` commands: search, edit, compact and export the knowledge of a finished run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from retrikt_ray.knowledge import Knowledge
+
+RAY_ROWS = 50_000  # a smaller store is compacted sooner than Ray has started
+
+
+@click.group()
+def store() -> None:
+    """Search and edit what a finished run retrieves from, without training."""
+
+
+def opened(run: str) -> Knowledge:
+    from retrikt_ray import cluster
+    from retrikt_ray.folders import Folder
+    from retrikt_ray.knowledge import Knowledge
+
+    cluster.quiet(None)
+    return Knowledge(Folder.at(run))
+
+
+def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a file, or the one that the options give."""
+    from retrikt_ray.settings import ConfigError
+    from retrikt_ray.taskdata import read_rows
+
+    given = {k: v for k, v in row.items() if v is not None}
+    if (file is None) == (not given):
+        raise ConfigError("expected either a file of rows or one row by options; see --help")
+    return [given] if file is None else read_rows(file)
+
+
+def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
+    from retrikt_ray.progress import console
+
+    for code in ids[:10]:
+        console.print(code, markup=False)
+    if len(ids) > 10:
+        console.print(f"... and {len(ids) - 10:,} more", markup=False)
+    assert knowledge.state is not None
+    console.print(f"{what} {len(ids):,}; {knowledge.count:,} rows, version {knowledge.state.version}", markup=False)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.argument("file", required=False)
+@click.option("--text", help="Text of one row.")
+@click.option("--text-pair", help="Its second text, in pair tasks.")
+@click.option("--label", help="Its label; without, the teacher gives one.")
+def add(run: str, file: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
+    """Add rows: a .jsonl, .csv, .tsv or .parquet FILE with text, text_pair (pair tasks), label or teacher_probs (optional), id (optional)."""
+    from retrikt_ray import editing
+
+    rows = rows_of(file, {"text": text, "text_pair": text_pair, "label": label})
+    knowledge = opened(run)
+    told("added", editing.add(knowledge, rows), knowledge)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.argument("file", required=False)
+@click.option("--id", "code", help="Id of one row.")
+@click.option("--text", help="Its new text.")
+@click.option("--text-pair", help="Its new second text.")
+@click.option("--label", help="Its new label; a new text without one gets the teacher's.")
+def update(run: str, file: str | None, code: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
+    """Change rows: a FILE as for `add`, with the id of each row and what changes."""
+    from retrikt_ray import editing
+
+    rows = rows_of(file, {"id": code, "text": text, "text_pair": text_pair, "label": label})
+    knowledge = opened(run)
+    told("updated", editing.update(knowledge, rows), knowledge)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.argument("ids", metavar="ID...", nargs=-1)
+@click.option("--file", help="A file with the ids, one a line.")
+def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
+    """Delete rows by id."""
+    from retrikt_ray import editing
+    from retrikt_ray.taskdata import read_rows
+
+    wanted = list(ids) + ([str(r["id"] if "id" in r else r["text"]).strip() for r in read_rows(file)] if file else [])
+    knowledge = opened(run)
+    editing.delete(knowledge, wanted)
+    told("deleted", list(dict.fromkeys(wanted)), knowledge)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+def compact(run: str) -> None:
+    """Fold the edits into a new base. A large store is built by Ray tasks, as in `retrikt index`."""
+    from retrikt_ray import artifacts, cluster, edits, pipeline
+    from retrikt_ray.compact import compact as fold
+    from retrikt_ray.folders import Folder
+    from retrikt_ray.knowledge import base_of
+    from retrikt_ray.progress import console
+
+    opened_run = pipeline.load_run(run)
+    folder, workers = opened_run.folder, None
+    seal = artifacts.check(base_of(folder, edits.read_state(folder / "knowledge")) / "store")
+    if sum(seal.rows.values()) > RAY_ROWS:
+        cluster.connect(opened_run.log_file)
+        workers = cluster.plan(opened_run.config.index, "index")
+    else:
+        cluster.quiet(None)
+    after = fold(Folder.at(run), workers)
+    console.print("nothing to compact" if after is None else f"compacted to version {after.version}, {after.base}", markup=False)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.argument("text")
+@click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="Rows of either kind.")
+@click.option("--label", help="Only rows that the teacher gives this label.")
+@click.option("--source", help="Only rows of this source: generated, task, unlabelled or added.")
+def search(run: str, text: str, k: int, label: str | None, source: str | None) -> None:
+    """The nearest rows of a text, and those that share most words. In pair tasks write TEXT ||| SECOND TEXT."""
+    from retrikt_ray import cluster
+    from retrikt_ray.predictor import Predictor
+    from retrikt_ray.progress import console
+    from retrikt_ray.taskdata import read_text
+
+    cluster.quiet(None)
+    predictor = Predictor.open(run)
+    query = [read_text(text, predictor.task)]
+    near = predictor.retrieve(query, k, label=label, source=source)
+    words = predictor.knowledge.search_words(query, k, label=label, source=source)
+    for title, hits in (("similarity", near), ("bm25", words)):
+        for row in predictor.neighbours(hits, 0, k, title):
+            shown = row["text"] if row["text_pair"] is None else f"{row['text']} ||| {row['text_pair']}"
+            console.print(
+                f"{title} {row[title]:6.3f}  {row['label']} {row['score']:.2f}  {row['id']} ({row['source']}): {shown}", markup=False
+            )
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.option("--out", required=True, help="File to write, as JSON lines.")
+def export(run: str, out: str) -> None:
+    """Write the added rows in the form that `add` takes, also of a run that was made anew since."""
+    from retrikt_ray.editing import added_rows
+    from retrikt_ray.folders import Folder
+    from retrikt_ray.progress import console
+
+    rows = added_rows(Folder.at(run))
+    head, _, name = out.rpartition("/")
+    Folder.at(head or ".").write_bytes(name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
+    console.print(f"{len(rows):,} added rows in {out}", markup=False)
