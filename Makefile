@@ -7,10 +7,11 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec clean
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec \
+  bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults clean
 
 help: ## This list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,5 +65,25 @@ bench-sst2: install-bench ## SST-2, 64 rows a class: generated only, and with un
 bench-trec: install-bench ## TREC, 64 rows a class: generated only, and with unlabelled texts (needs RETRIKT_DATA)
 	$(BIN)/python -m jobs.bench trec
 
+$(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
+	$(PYTHON) -m venv $(VENV)-autofaiss
+	$(VENV)-autofaiss/bin/pip install -q autofaiss==2.18.0
+	@touch $@
+
+bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss
+	$(BIN)/python -m jobs.bench_index build
+
+bench-index-memory: install-bench ## Peak memory of a build, 250k to 2M vectors
+	$(BIN)/python -m jobs.bench_index memory
+
+bench-index-query: install-bench ## Latency of a query at 1M vectors beside plain faiss
+	$(BIN)/python -m jobs.bench_index query
+
+bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compared with a fresh build
+	$(BIN)/python -m jobs.bench_edit
+
+bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders
+	$(BIN)/python -m pytest -m bench -s tests/test_faults.py
+
 clean: ## Remove the environment and the runs
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-autofaiss runs

@@ -248,7 +248,7 @@ def build_api(endpoint: Endpoint) -> FastAPI:
     @api.get("/info")
     async def info() -> dict[str, Any]:
         limits = {key: getattr(endpoint.args, key) for key in ("max_texts", "max_text_chars", "max_body_bytes")}
-        return endpoint.predictor.info() | {"version": __version__, "limits": limits}
+        return await endpoint.info() | {"version": __version__, "limits": limits}
 
     @api.get("/", include_in_schema=False)
     async def front() -> HTMLResponse:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from retrikt_ray.student import Student
     from retrikt_ray.training import Solo
 
-VERSION = 2
+VERSION = 3
 HEAD_RATE = 3.0  # learning rate of the head, as a multiple of the body's: it starts from nothing, the body from the teacher
 LOOKS = 16  # times that a training looks at validation
 

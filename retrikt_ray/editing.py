@@ -136,7 +136,7 @@ def commit(knowledge: Knowledge, rows: list[dict[str, Any]], gone: list[int]) ->
     ]
     table = pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in log], schema=schema)
     edits.commit(folder, state, table)
-    knowledge.refresh()
+    knowledge.refresh(at_once=True)
 
 
 def known(knowledge: Knowledge, ids: list[str]) -> list[int]:
@@ -156,7 +156,7 @@ def add(knowledge: Knowledge, rows: list[dict[str, Any]]) -> list[str]:
     if not fresh:
         raise ConfigError("no rows to add")
     with writing(knowledge.run):
-        knowledge.refresh()
+        knowledge.refresh(at_once=True)
         there = knowledge.find([r["id"] for r in fresh])
         for i, row in enumerate(fresh):
             if row["id"] in there:
@@ -173,7 +173,7 @@ def update(knowledge: Knowledge, rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         raise ConfigError("no rows to update")
     with writing(knowledge.run):
-        knowledge.refresh()
+        knowledge.refresh(at_once=True)
         positions = known(knowledge, [r["id"] for r in rows])
         fresh = checked(rows, knowledge.task, [knowledge.row(p) for p in positions])
         commit(knowledge, fresh, positions)
@@ -185,7 +185,7 @@ def delete(knowledge: Knowledge, ids: list[str]) -> None:
     if not ids:
         raise ConfigError("no ids to delete")
     with writing(knowledge.run):
-        knowledge.refresh()
+        knowledge.refresh(at_once=True)
         positions = known(knowledge, list(dict.fromkeys(ids)))
         if len(positions) == knowledge.count:
             raise ConfigError(f"this would delete all {knowledge.count} rows of {knowledge.run}; a store keeps one at least")

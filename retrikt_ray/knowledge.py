@@ -77,7 +77,7 @@ class Knowledge:
         """
         self.run, self.threads, self.edited = run, threads, edited
         self.folder = run / "knowledge"
-        self.opener = opener or Searcher.open
+        self.opener = opener or Searcher.unsealed
         if not run.exists("config.yaml"):
             raise ArtifactError(f"{run} is not a run directory: it has no config.yaml")
         check(run / "task", deep=True)
@@ -109,7 +109,7 @@ class Knowledge:
         where = base_of(self.run, state)
         if state:
             check_origin(self.run, state)
-        seals = {name: check(where / name, deep=name == "store") for name in ("store", "index")}
+        seals = {name: check(where / name, deep=True) for name in ("store", "index")}
         contents = {"student": self.student} | {name: seal.content for name, seal in seals.items()}
         for name in ("student", "store"):
             if seals["index"].inputs[name] != contents[name]:
@@ -124,7 +124,7 @@ class Knowledge:
                     f"since. `retrikt store compact {self.run}` takes the edits over"
                 )
         self.searcher = self.opener(where / "index", self.threads)
-        self.base_words = Lexical.open(where / "index")
+        self.base_words = Lexical.unsealed(where / "index")
         self.card = (where / "index").read_json("index.json")
         self.base = (where / "store").read_tables(columns=COLUMNS)
         for part, found in (("shards", self.card["rows"]), ("words", self.base_words.rows)):
@@ -152,11 +152,14 @@ class Knowledge:
         self.labels = matrix(self.rows["teacher_probs"])  # (N, C)
         self.masks: dict[tuple[str | None, str | None], np.ndarray | None] = {}
 
-    def refresh(self) -> bool:
-        """Take over what was edited since, by this process or another; True when there was something."""
+    def refresh(self, at_once: bool = False) -> bool:
+        """Take over what was edited since, by this process or another; True when there was something.
+
+        A run that is not on a local disk is looked at every two seconds, unless at_once.
+        """
         if not self.edited:
             return False
-        if not self.run.is_local and time.monotonic() - self.looked < REMOTE_LOOK_S:
+        if not at_once and not self.run.is_local and time.monotonic() - self.looked < REMOTE_LOOK_S:
             return False
         self.looked = time.monotonic()
         if self.signature() == self.seen:

@@ -16,7 +16,9 @@ import faiss
 import numpy as np
 
 from retrikt_ray import artifacts
+from retrikt_ray.cluster import capacity
 from retrikt_ray.folders import ArtifactError, Folder
+from retrikt_ray.settings import ConfigError
 
 SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
 
@@ -91,12 +93,16 @@ class Shard:
 
     def ask(self, queries: np.ndarray, k: int, nprobe: int, selector: Any, visit: Any) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's own k best: similarities and numbers in the file."""
-        params = with_probes(self.index, nprobe, selector)
         if self.ivf is None:
-            return self.index.search(queries, k, params=params)
+            return self.index.search(queries, k, params=with_probes(self.index, nprobe, selector))
         rotated, similarities, chosen = visit
         params = faiss.SearchParametersIVF(nprobe=chosen.shape[1], sel=selector)
-        return self.ivf.search_preassigned(rotated, k, chosen, similarities, params=params)
+        found, which = np.empty((len(rotated), k), np.float32), np.empty((len(rotated), k), np.int64)
+        # The C++ function: its Python wrapper takes no parameters.
+        arrays = [np.ascontiguousarray(a) for a in (rotated, chosen, similarities)]
+        x, lists, near = (faiss.swig_ptr(a) for a in arrays)
+        self.ivf.search_preassigned_c(len(rotated), x, k, lists, near, faiss.swig_ptr(found), faiss.swig_ptr(which), False, params)
+        return found, which
 
     def search(self, queries: np.ndarray, k: int, nprobe: int, allowed: np.ndarray | None, visit: Any) -> tuple[np.ndarray, np.ndarray]:
         """Similarities and positions of at least the k best rows, all that could tie with the k-th among them."""
@@ -223,9 +229,12 @@ class ActorSearcher:
 
         card = folder.read_json("index.json")
         files = [s["file"] for s in card["shards"]]
+        actors = min(actors, len(files))
+        if actors * threads > capacity()["CPU"]:  # Ray would wait for ever
+            raise ConfigError(f"{actors} actors of {threads} CPUs ask for {actors * threads}; the cluster has {capacity()['CPU']:g}")
         start: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(ShardActor)
         self.width = card["width"]
-        self.actors = [start.remote(folder, files[i::actors], threads) for i in range(min(actors, len(files)))]
+        self.actors = [start.remote(folder, files[i::actors], threads) for i in range(actors)]
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `Search.search`."""

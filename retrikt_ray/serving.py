@@ -97,11 +97,20 @@ class Endpoint:
 
     @serve.batch
     async def retrieve_batch(self, requests: list[tuple[list[Text], RetrieveBody]]) -> list[Any]:
-        """Rows for the texts of several requests. A bad filter is the answer of its own request, not of the batch."""
+        """Rows for several requests, in one pass for those that ask alike. A bad filter is the answer of its own request, not of the batch."""
 
         def work() -> list[Any]:
             self.predictor.knowledge.refresh()
-            return [self.retrieved(texts, asked) for texts, asked in requests]
+            alike: dict[Any, list[int]] = {}
+            for i, (_, asked) in enumerate(requests):
+                alike.setdefault((asked.mode, asked.k, asked.label, asked.source), []).append(i)
+            answers: list[Any] = [None] * len(requests)
+            for members in alike.values():
+                found = self.retrieved([t for i in members for t in requests[i][0]], requests[members[0]][1])
+                rest = iter([] if isinstance(found, Refusal) else found)
+                for i in members:
+                    answers[i] = found if isinstance(found, Refusal) else [next(rest) for _ in requests[i][0]]
+            return answers
 
         return await asyncio.get_running_loop().run_in_executor(self.worker, work)
 
@@ -133,6 +142,15 @@ class Endpoint:
         if isinstance(answers, Refusal):
             raise answers
         return JSONResponse(answers if isinstance(inputs, list) else answers[0])
+
+    async def info(self) -> dict[str, Any]:
+        """What is served, with the edits that the next request would see."""
+
+        def work() -> dict[str, Any]:
+            self.predictor.knowledge.refresh()
+            return self.predictor.info()
+
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
 
     def scores(self, answer: np.ndarray) -> list[dict[str, Any]]:
         """Labels and scores of one answer (C,), best first; a regression's value is the score of LABEL_0, as Hugging Face has it."""

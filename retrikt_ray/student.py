@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 
 from retrikt_ray.classifier import Text, mean_pool
@@ -91,9 +91,14 @@ class StudentModel(PreTrainedModel):
         return sum(p.numel() for p in self.parameters())
 
     def average(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Importance-weighted mean of token embeddings; importance is exp of a learned number. (B, T) -> (B, dim)"""
-        weights = torch.exp(self.importance(ids)) * mask[..., None]
-        return (self.embedding(ids) * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
+        """Importance-weighted mean of token embeddings; importance is exp of a learned number. (B, T) -> (B, dim)
+
+        Summed token by token, so that a text's vector is the same to the last bit whatever it is padded to: an index that is built anew, with
+        other texts side by side, must be the same index.
+        """
+        weights = torch.exp(self.importance(ids)[..., 0]) * mask
+        total = torch.cumsum(weights, 1)[:, -1:].clamp(min=1e-6)
+        return embedding_bag(ids, self.embedding.weight, per_sample_weights=weights, mode="sum") / total
 
     def forward(self, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """ids, mask: (B, T), ids of the full tokenizer; the second text of a pair apart for `static`, inside `ids` for `transformer`."""

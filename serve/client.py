@@ -2,6 +2,7 @@
 
 python serve/client.py --url http://127.0.0.1:8000 "a fine film" "dull and slow"
 python serve/client.py --pair "a man sleeps" "someone is asleep" --explain
+python serve/client.py --retrieve 3 --mode hybrid "a fine film"
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 
 class Score(TypedDict):
@@ -24,7 +25,7 @@ class Score(TypedDict):
 
 
 class Neighbour(TypedDict):
-    """One row of the knowledge store."""
+    """One row of the knowledge store, with its similarity where it was found by vectors, its BM25 score where it was found by words."""
 
     id: str
     text: str
@@ -32,7 +33,22 @@ class Neighbour(TypedDict):
     source: str
     label: str
     score: float
-    similarity: float
+    similarity: NotRequired[float]
+    bm25: NotRequired[float]
+
+
+class Sides(TypedDict):
+    """The nearest rows, and those that share most words."""
+
+    dense: list[Neighbour]
+    lexical: list[Neighbour]
+
+
+class Votes(TypedDict):
+    """What the rows of either side say together; None where none was found."""
+
+    dense: list[Score] | None
+    lexical: list[Score] | None
 
 
 class Explanation(TypedDict):
@@ -40,8 +56,10 @@ class Explanation(TypedDict):
 
     prediction: list[Score]
     student: list[Score]
+    votes: Votes
     neighbours: list[Neighbour]
-    mixture: dict[str, float]
+    lexical_neighbours: list[Neighbour]
+    mixture: dict[str, float]  # weights of the student and both sides, and how they vote
 
 
 class ServerError(Exception):
@@ -66,12 +84,23 @@ class Client:
         """Labels and scores, best first."""
         return self._call("predict", {"inputs": _inputs(items)} | ({} if top_k is None else {"top_k": top_k}))
 
-    def retrieve(self, items: Sequence[Item], k: int = 8) -> list[list[Neighbour]]:
-        """The k nearest rows of the store."""
-        return self._call("retrieve", {"inputs": _inputs(items), "k": k})
+    def retrieve(
+        self,
+        items: Sequence[Item],
+        k: int = 8,
+        mode: Literal["dense", "lexical"] = "dense",
+        label: str | None = None,
+        source: str | None = None,
+    ) -> list[list[Neighbour]]:
+        """The k nearest rows of the store, or the k that share most words; label, source: only such rows."""
+        return self._call("retrieve", {"inputs": _inputs(items), "k": k, "mode": mode, "label": label, "source": source})
+
+    def retrieve_both(self, items: Sequence[Item], k: int = 8, label: str | None = None, source: str | None = None) -> list[Sides]:
+        """k rows found by vectors and k found by words, apart."""
+        return self._call("retrieve", {"inputs": _inputs(items), "k": k, "mode": "hybrid", "label": label, "source": source})
 
     def explain(self, items: Sequence[Item]) -> list[Explanation]:
-        """Predictions with the neighbours that voted."""
+        """Predictions with the rows that voted on either side."""
         return self._call("explain", {"inputs": _inputs(items)})
 
     def info(self) -> dict[str, Any]:
@@ -115,17 +144,28 @@ def main() -> int:
     parser.add_argument("--url", default=Client.url)
     parser.add_argument("--pair", action="store_true", help="the texts are the two texts of one pair")
     ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--explain", action="store_true", help="with the neighbours that voted")
+    ways.add_argument("--explain", action="store_true", help="with the rows that voted")
     ways.add_argument("--retrieve", type=int, metavar="K", help="only the K nearest rows of the store")
+    parser.add_argument("--mode", choices=("dense", "lexical", "hybrid"), help="with --retrieve: by vectors (default), by words, or both")
+    parser.add_argument("--label", help="with --retrieve: only rows of this label")
+    parser.add_argument("--source", help="with --retrieve: only rows of this source")
     args = parser.parse_args()
     if args.pair and len(args.texts) != 2:
         parser.error("--pair needs exactly two texts")
+    if args.retrieve is None and (args.mode or args.label or args.source):
+        parser.error("--mode, --label and --source go with --retrieve")
     items: list[Item] = [(args.texts[0], args.texts[1])] if args.pair else args.texts
     client = Client(args.url)
+    answers: Sequence[Any]
     try:
-        answers = (
-            client.explain(items) if args.explain else client.retrieve(items, args.retrieve) if args.retrieve else client.predict(items)
-        )
+        if args.explain:
+            answers = client.explain(items)
+        elif args.retrieve is None:
+            answers = client.predict(items)
+        elif args.mode == "hybrid":
+            answers = client.retrieve_both(items, args.retrieve, args.label, args.source)
+        else:
+            answers = client.retrieve(items, args.retrieve, args.mode or "dense", args.label, args.source)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

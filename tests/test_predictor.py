@@ -2,19 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from tiny_run import LABELS, TEXTS, make_run
 
-from retrikt_ray.predictor import GRID, Mixture, fit_mixture, loss, mix, vote
+from retrikt_ray import editing
+from retrikt_ray.folders import ArtifactError, Folder
+from retrikt_ray.knowledge import Knowledge
+from retrikt_ray.predictor import (
+    KS,
+    LEXICAL_TAUS,
+    MOST,
+    TAUS,
+    TENTHS,
+    Mixture,
+    Prediction,
+    Predictor,
+    Votes,
+    cast,
+    fit_mixture,
+    loss,
+    mix,
+    vote,
+)
 
-TAU = 0.1
-STEP = TAU * math.log(3)  # a similarity this much smaller weighs a third
+TAU, LEXICAL_TAU = 0.1, 2.0
+STEP, LEXICAL_STEP = TAU * math.log(3), LEXICAL_TAU * math.log(3)  # a score this much smaller weighs a third
+NONE = -np.inf
 
 
-def close(got: np.ndarray, want: list[list[float]]) -> None:
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+def close(got: np.ndarray, want: list[list[float]], within: float = 1e-12) -> None:
+    np.testing.assert_allclose(got, want, rtol=0, atol=within)
+
+
+def mixture(student: float, dense: float, lexical: float, k: int = 2, lexical_k: int = 2) -> Mixture:
+    return Mixture(student, dense, lexical, k, TAU, lexical_k, LEXICAL_TAU)
+
+
+# votes
 
 
 def test_vote() -> None:
@@ -25,28 +55,95 @@ def test_vote() -> None:
 
 def test_vote_passes_over_neighbours_that_are_not_there() -> None:
     labels = np.array([[[0.3, 0.7], [1.0, 0.0], [0.5, 0.5]]])  # position -1 points at some row; its weight must be 0
-    close(vote(np.array([[0.2, -np.inf, -np.inf]]), labels, TAU), [[0.3, 0.7]])
+    close(vote(np.array([[0.2, NONE, NONE]]), labels, TAU), [[0.3, 0.7]])
 
 
 def test_vote_does_not_overflow() -> None:
     close(vote(np.array([[1.0, -1.0]]), np.array([[[1.0], [5.0]]]), 1e-4), [[1.0]])
+    close(vote(np.array([[900.0, 100.0]]), np.array([[[1.0], [5.0]]]), 0.5), [[1.0]])  # BM25 has no upper bound
 
 
-def test_mix_uses_k_neighbours_and_the_weights() -> None:
-    student = np.array([[0.5, 0.5]])
-    similarities = np.array([[0.9, 0.9 - STEP, 0.9 - STEP]])
-    labels = np.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
-    # k = 2: vote (3/4, 1/4). 0.6 * 0.5 + 0.4 * 0.75 = 0.6. k = 9: all three, vote (3/5, 2/5): 0.3 + 0.24.
-    close(mix(student, similarities, labels, Mixture(0.6, 0.4, 2, TAU)), [[0.6, 0.4]])
-    close(mix(student, similarities, labels, Mixture(0.6, 0.4, 9, TAU)), [[0.54, 0.46]])
-    close(mix(student, similarities, labels, Mixture(1.0, 0.0, 2, TAU)), [[0.5, 0.5]])
+def test_cast_takes_the_first_k_and_says_who_found_any() -> None:
+    votes = Votes(np.array([[5.0, 5.0 - LEXICAL_STEP, 5.0], [NONE, NONE, NONE]]), np.array([[[1.0], [5.0], [9.0]], [[4.0], [4.0], [4.0]]]))
+    told, there = cast(votes, 2, LEXICAL_TAU)
+    close(told, [[2.0], [0.0]])  # 3/4 * 1 + 1/4 * 5
+    close(there, [[1.0], [0.0]])
+    close(cast(votes, 9, LEXICAL_TAU)[0], [[(3 * 1 + 5 + 3 * 9) / 7], [0.0]])  # k beyond what was found: all three
 
 
-def test_mix_without_any_neighbour_is_the_student() -> None:
-    """Lists of an IVF index may all be empty: the answer must stay a distribution."""
-    student, similarities = np.array([[0.9, 0.1], [0.5, 0.5]]), np.array([[-np.inf, -np.inf], [0.9, -np.inf]])
-    labels = np.array([[[0.0, 1.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]])
-    close(mix(student, similarities, labels, Mixture(0.6, 0.4, 2, TAU)), [[0.9, 0.1], [0.3, 0.7]])
+# mix
+
+
+def both_sides() -> tuple[np.ndarray, Votes, Votes]:
+    """One query. Votes of the first two: dense (3/4, 1/4), lexical (1/4, 3/4); a third neighbour stands behind them."""
+    dense = Votes(np.array([[0.9, 0.9 - STEP, 0.9 - STEP]]), np.array([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]))
+    lexical = Votes(np.array([[7.0, 7.0 - LEXICAL_STEP, 7.0 - LEXICAL_STEP]]), np.array([[[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]]))
+    return np.array([[0.5, 0.5]]), dense, lexical
+
+
+def test_mix_of_both_sides() -> None:
+    student, dense, lexical = both_sides()
+    # 0.5 * 0.5 + 0.3 * 0.75 + 0.2 * 0.25 = 0.25 + 0.225 + 0.05
+    close(mix(student, dense, lexical, mixture(0.5, 0.3, 0.2)), [[0.525, 0.475]])
+    # 0.2 * 0.5 + 0.1 * 0.75 + 0.7 * 0.25 = 0.1 + 0.075 + 0.175
+    close(mix(student, dense, lexical, mixture(0.2, 0.1, 0.7)), [[0.35, 0.65]])
+
+
+def test_mix_uses_k_and_tau_of_either_side() -> None:
+    student, dense, lexical = both_sides()
+    # k 9: all three, dense (3/5, 2/5): 0.25 + 0.3 * 0.6 + 0.05. lexical_k 1: the first alone, (0, 1): 0.25 + 0.225 + 0.
+    close(mix(student, dense, lexical, mixture(0.5, 0.3, 0.2, k=9)), [[0.48, 0.52]])
+    close(mix(student, dense, lexical, mixture(0.5, 0.3, 0.2, lexical_k=1)), [[0.475, 0.525]])
+    # A tau twice as large: a step weighs 1 / sqrt(3) instead of 1/3.
+    flat = 1 / (1 + math.sqrt(3))
+    for m, first in (
+        (Mixture(0.5, 0.3, 0.2, 2, 2 * TAU, 2, LEXICAL_TAU), 0.25 + 0.3 * (1 - flat) + 0.05),
+        (Mixture(0.5, 0.3, 0.2, 2, TAU, 2, 2 * LEXICAL_TAU), 0.25 + 0.225 + 0.2 * flat),
+    ):
+        close(mix(student, dense, lexical, m), [[first, 1 - first]])
+
+
+def test_mix_of_one_side() -> None:
+    student, dense, lexical = both_sides()
+    close(mix(student, dense, lexical, mixture(0.6, 0.4, 0.0)), [[0.6, 0.4]])  # 0.6 * 0.5 + 0.4 * 0.75
+    close(mix(student, dense, lexical, mixture(0.6, 0.0, 0.4)), [[0.4, 0.6]])  # 0.6 * 0.5 + 0.4 * 0.25
+    close(mix(student, dense, lexical, mixture(1.0, 0.0, 0.0)), [[0.5, 0.5]])
+
+
+def test_mix_gives_the_weight_of_a_side_that_was_not_searched_to_the_student() -> None:
+    student, dense, lexical = np.array([[0.9, 0.1]]), *both_sides()[1:]
+    close(mix(student, dense, None, mixture(0.5, 0.3, 0.2)), [[0.855, 0.145]])  # 0.7 * 0.9 + 0.3 * 0.75
+    close(mix(student, None, lexical, mixture(0.5, 0.3, 0.2)), [[0.77, 0.23]])  # 0.8 * 0.9 + 0.2 * 0.25
+    close(mix(student, None, None, mixture(0.5, 0.3, 0.2)), [[0.9, 0.1]])
+
+
+def test_mix_of_queries_that_found_nothing() -> None:
+    """Lists of an IVF index may be empty, and a text may share no word: each query stays a distribution, whatever the others found."""
+    student = np.array([[0.9, 0.1]] * 4)
+    dense = Votes(np.array([[0.5, NONE], [NONE, NONE], [0.5, NONE], [NONE, NONE]]), np.tile([[0.0, 1.0], [1.0, 0.0]], (4, 1, 1)))
+    lexical = Votes(np.array([[3.0, NONE], [3.0, NONE], [NONE, NONE], [NONE, NONE]]), np.tile([[0.5, 0.5], [1.0, 0.0]], (4, 1, 1)))
+    # both: 0.5 * 0.9 + 0 + 0.1; lexical alone: 0.8 * 0.9 + 0.1; dense alone: 0.7 * 0.9 + 0; neither: the student
+    close(mix(student, dense, lexical, mixture(0.5, 0.3, 0.2)), [[0.55, 0.45], [0.82, 0.18], [0.63, 0.37], [0.9, 0.1]])
+
+
+def test_mix_in_regression() -> None:
+    student = np.array([[1.0], [1.0]])
+    dense = Votes(np.array([[0.9, 0.9 - STEP], [0.9, 0.9]]), np.array([[[2.0], [6.0]], [[2.0], [6.0]]]))  # votes 3 and 4
+    lexical = Votes(np.array([[2.0, 2.0], [NONE, NONE]]), np.array([[[-4.0], [0.0]], [[7.0], [7.0]]]))  # vote -2, and none
+    close(mix(student, dense, lexical, mixture(0.5, 0.3, 0.2)), [[0.5 + 0.9 - 0.4], [0.7 + 1.2]])
+
+
+def test_mix_does_not_change_what_it_is_given() -> None:
+    student, dense, lexical = both_sides()
+    mix(student, dense, lexical, mixture(0.5, 0.3, 0.2))
+    fresh, dense_before, lexical_before = both_sides()
+    np.testing.assert_array_equal(student, fresh)
+    for now, before in ((dense, dense_before), (lexical, lexical_before)):
+        np.testing.assert_array_equal(now.scores, before.scores)
+        np.testing.assert_array_equal(now.labels, before.labels)
+
+
+# fitting
 
 
 def test_loss() -> None:
@@ -56,54 +153,268 @@ def test_loss() -> None:
     assert loss(np.array([1.0, 4.0]), np.array([[2.0], [1.0]])) == pytest.approx((1 + 9) / 2, abs=1e-12)
 
 
-def test_grid_weights_sum_to_one() -> None:
-    assert len(GRID) == len(set(GRID)) == 4 * 3 * 9
-    assert all(m.student + m.dense == pytest.approx(1.0, abs=1e-12) and m.student > 0 for m in GRID)
+def test_choices() -> None:
+    assert (KS, MOST, TAUS, LEXICAL_TAUS) == ((8, 16, 32, 64), 64, (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0))
+    assert TENTHS == [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
-def validation(rows: int, neighbours: int, right_from: int, right_to: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Truth 0 everywhere; equally similar neighbours, of which those at right_from .. right_to - 1 vote for class 0."""
-    labels = np.tile(np.array([0.0, 1.0]), (rows, neighbours, 1))
-    labels[:, right_from:right_to] = [1.0, 0.0]
-    return np.zeros(rows), np.full((rows, neighbours), 0.5), labels
+def nothing(rows: int, classes: int = 2) -> Votes:
+    """A side on which no query found a row."""
+    return Votes(np.full((rows, 64), NONE), np.ones((rows, 64, classes)))
 
 
-def test_fit_mixture_takes_the_student_alone_where_neighbours_only_harm() -> None:
-    truth, similarities, labels = validation(5, 64, 0, 0)
-    fitted = fit_mixture(truth, np.tile([0.9, 0.1], (5, 1)), similarities, labels)
-    assert (fitted.student, fitted.dense) == (1.0, 0.0)
+def right_between(rows: int, low: int, high: int) -> Votes:
+    """Equally good neighbours, of which those at low .. high - 1 vote for class 0, the truth, and all others for class 1."""
+    labels = np.tile(np.array([0.0, 1.0]), (rows, 64, 1))
+    labels[:, low:high] = [1.0, 0.0]
+    return Votes(np.full((rows, 64), 0.5), labels)
 
 
-def test_fit_mixture_takes_the_student_alone_where_nothing_is_gained() -> None:
-    truth, similarities, labels = validation(5, 64, 0, 64)
-    fitted = fit_mixture(truth, np.tile([1.0, 0.0], (5, 1)), similarities, labels)  # all mixtures give the same answers
-    assert (fitted.student, fitted.dense) == (1.0, 0.0)
+def saying(values: list[float]) -> Votes:
+    """In regression, eight neighbours a query that all say one value; NaN: none was found."""
+    told = np.array(values)
+    scores = np.where(np.isnan(told), NONE, 0.5)
+    return Votes(np.tile(scores[:, None], (1, 8)), np.tile(np.nan_to_num(told)[:, None, None], (1, 8, 1)))
 
 
-@pytest.mark.parametrize(("right_to", "k"), [(8, 8), (16, 16), (32, 32), (64, 64)])
-def test_fit_mixture_finds_weight_and_k(right_to: int, k: int) -> None:
-    """Neighbours are right up to k. The student says 0.5 in one half and 1 in the other, so a vote of 1 should weigh all it may: 0.9.
+@pytest.mark.parametrize("right_to", [0, 64])
+def test_fit_takes_the_student_alone_where_neighbours_harm_or_add_nothing(right_to: int) -> None:
+    """A student that is right needs no vote: not of neighbours that are all wrong, nor of such that say the same."""
+    votes = right_between(5, 0, right_to)
+    fitted = fit_mixture(np.zeros(5), np.tile([1.0, 0.0], (5, 1)), votes, votes)
+    assert (fitted.student, fitted.dense, fitted.lexical) == (1.0, 0.0, 0.0)
 
-    k smaller than `right_to` gives the same vote, and then the smallest k wins; so a wrong one stands in front of the right ones.
+
+def test_fit_takes_the_student_alone_where_nothing_was_found() -> None:
+    fitted = fit_mixture(np.zeros(3), np.tile([0.4, 0.6], (3, 1)), nothing(3), nothing(3))
+    assert (fitted.student, fitted.dense, fitted.lexical) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_fit_finds_the_side_that_helps_and_its_k(k: int) -> None:
+    """Of the neighbours k/2 .. k - 1 are right (of 8: all), so that the vote for the truth is largest at k.
+
+    It is 1/2 there (1 for 8), 0 at k/2 and 1/4 at 2k. The student gives the truth 0.5 in one half and 0.3 in the other: the vote shall weigh all it may.
     """
-    truth, similarities, labels = validation(6, 64, 0, right_to)
-    if k > 8:
-        labels[:, : k // 2] = [0.0, 1.0]  # half of the first k are wrong, so that fewer than k are all wrong
-    fitted = fit_mixture(truth, np.tile([[0.5, 0.5], [0.3, 0.7]], (3, 1)), similarities, labels)
-    # k = 8: vote 1. Else the first k/2 are wrong and the next k/2 right: vote 1/2 at k, 0 at k/2, less than 1/2 at 2k.
-    assert fitted.k == k
-    assert (fitted.student, fitted.dense) == (0.1, 0.9)
+    votes, student = right_between(6, 0 if k == 8 else k // 2, k), np.tile([[0.5, 0.5], [0.3, 0.7]], (3, 1))
+    # The side that found nothing keeps the first of the choices, which tie.
+    assert fit_mixture(np.zeros(6), student, votes, nothing(6)) == Mixture(0.1, 0.9, 0.0, k, 0.02, 8, 0.5)
+    assert fit_mixture(np.zeros(6), student, nothing(6), votes) == Mixture(0.1, 0.0, 0.9, 8, 0.02, k, 0.5)
 
 
-def test_fit_mixture_finds_tau() -> None:
-    """The nearest neighbour is right, the 63 others, 0.1 less similar, are wrong: the sharper the vote, the better."""
-    truth, similarities, labels = validation(4, 64, 0, 1)
-    similarities[:, 1:] = 0.4
-    fitted = fit_mixture(truth, np.tile([0.5, 0.5], (4, 1)), similarities, labels)
-    assert fitted == Mixture(0.1, 0.9, 8, 0.02)
+@pytest.mark.parametrize(("side", "tau"), [*(("dense", t) for t in TAUS), *(("lexical", t) for t in LEXICAL_TAUS)])
+def test_fit_finds_tau(side: str, tau: float) -> None:
+    """The best neighbour says 0, seven that are tau ln 7 behind it say 1: exactly at this tau they weigh the same, and the vote is 1/2.
+
+    The student says 0.7, the truth is 0.1 * 0.7 + 0.9 * 1/2 = 0.52. A smaller tau can come near with less weight, a larger one cannot.
+    """
+    scores = np.full((3, 8), 0.6 - tau * math.log(7))
+    scores[:, 0] = 0.6
+    labels = np.ones((3, 8, 1))
+    labels[:, 0] = 0.0
+    votes, truth, student = Votes(scores, labels), np.full(3, 0.52), np.full((3, 1), 0.7)
+    if side == "dense":
+        assert fit_mixture(truth, student, votes, nothing(3, 1)) == Mixture(0.1, 0.9, 0.0, 8, tau, 8, 0.5)
+    else:
+        assert fit_mixture(truth, student, nothing(3, 1), votes) == Mixture(0.1, 0.0, 0.9, 8, 0.02, 8, tau)
 
 
-def test_fit_mixture_in_regression() -> None:
-    # Student 1, neighbours 2, truth 1.7: w 1 + (1 - w) 2 = 1.7 at w = 0.3.
-    fitted = fit_mixture(np.full(4, 1.7), np.ones((4, 1)), np.full((4, 64), 0.5), np.full((4, 64, 1), 2.0))
-    assert (fitted.student, fitted.dense) == (0.3, 0.7)
+def test_fit_finds_both_sides() -> None:
+    """Dense neighbours are right for three queries, lexical ones for two others; the student says 1/2. A side that found nothing leaves it so.
+
+    The likelihood is (1/2 + d/2)^3 (1/2 + l/2)^2: 1.7^3 * 1.2^2 = 7.075 is more than 1.8^3 * 1.1^2 = 7.057 and 1.6^3 * 1.3^2 = 6.922.
+    """
+    dense, lexical = right_between(5, 0, 64), right_between(5, 0, 64)
+    dense.scores[3:], lexical.scores[:3] = NONE, NONE
+    fitted = fit_mixture(np.zeros(5), np.full((5, 2), 0.5), dense, lexical)
+    assert fitted == Mixture(0.1, 0.7, 0.2, 8, 0.02, 8, 0.5)
+
+
+@pytest.mark.parametrize(("student", "dense", "lexical"), [(0.5, 0.2, 0.3), (0.1, 0.8, 0.1), (0.8, 0.1, 0.1), (0.1, 0.1, 0.8)])
+def test_fit_finds_three_weights_in_regression(student: float, dense: float, lexical: float) -> None:
+    """In each query one of the three says 1 and the others 0, and the truth is its weight."""
+    fitted = fit_mixture(
+        np.array([student, dense, lexical]), np.array([[1.0], [0.0], [0.0]]), saying([0.0, 1.0, 0.0]), saying([0.0, 0.0, 1.0])
+    )
+    assert fitted == Mixture(student, dense, lexical, 8, 0.02, 8, 0.5)
+
+
+def test_fit_in_regression_of_one_side() -> None:
+    # Student 1, neighbours 2, truth 1.7: 0.3 * 1 + 0.7 * 2.
+    nobody = saying([math.nan] * 4)
+    truth, student, votes = np.full(4, 1.7), np.ones((4, 1)), saying([2.0] * 4)
+    assert fit_mixture(truth, student, votes, nobody) == Mixture(0.3, 0.7, 0.0, 8, 0.02, 8, 0.5)
+    assert fit_mixture(truth, student, nobody, votes) == Mixture(0.3, 0.0, 0.7, 8, 0.02, 8, 0.5)
+
+
+# the whole of it, over a run
+
+
+def by_hand(predictor: Predictor, text: str, rows: list[tuple[str, list[float]]]) -> np.ndarray:
+    """The answer for one text, from the formulas in plain loops: cosine, BM25 (k1 1.5, b 0.75), two softmax votes, three weights."""
+    m = predictor.mixture
+
+    def voted(scores: list[float], k: int, tau: float) -> np.ndarray | None:
+        best = sorted((i for i, s in enumerate(scores) if s > NONE), key=lambda i: (-scores[i], i))[:k]
+        weights = [math.exp((scores[i] - scores[best[0]]) / tau) for i in best]
+        return sum(w * np.array(rows[i][1]) for w, i in zip(weights, best, strict=True)) / sum(weights) if best else None
+
+    student, vectors = (x.numpy().astype(np.float64) for x in predictor.student.encode([(t, None) for t in [text, *(r[0] for r in rows)]]))
+    words = [r[0].split() for r in rows]
+    mean = sum(map(len, words)) / len(rows)
+    bm25 = []
+    for row in words:
+        score = 0.0
+        for word in text.split():
+            holders = sum(word in other for other in words)
+            rare = math.log(1 + (len(rows) - holders + 0.5) / (holders + 0.5))
+            score += rare * row.count(word) / (row.count(word) + 1.5 * (0.25 + 0.75 * len(row) / mean))
+        bm25.append(score or NONE)
+    answer, left = np.zeros(2), 1.0
+    near, shared = voted((vectors[1:] @ vectors[0]).tolist(), m.k, m.tau), voted(bm25, m.lexical_k, m.lexical_tau)
+    for told, weight in ((near, m.dense), (shared, m.lexical)):
+        if told is not None:
+            answer, left = answer + weight * told, left - weight
+    return answer + left * student[0]
+
+
+def teacher(number: int) -> list[float]:
+    """What the teacher of a tiny run says of a row."""
+    positive = 0.95 - 0.02 * number if number < 6 else 0.05 + 0.02 * (number - 6)
+    return [1 - positive, positive]
+
+
+ROWS = [(text, teacher(i)) for i, text in enumerate(TEXTS)]
+QUERIES = ["a fine film", "the cast was cold", "weak weak plot", "words unheard of", "very never brave and dull"]
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (0.2, 0.8, 0.0), (0.2, 0.0, 0.8), (1.0, 0.0, 0.0)])
+def test_predict_is_the_formula_in_plain_loops(tmp_path: Path, weights: tuple[float, float, float]) -> None:
+    predictor = Predictor.open(make_run(tmp_path, mixture=Mixture(*weights, 5, 0.1, 3, 1.5)))
+    want = [by_hand(predictor, text, ROWS) for text in QUERIES]
+    for evidence in (True, False):
+        close(predictor.predict([(t, None) for t in QUERIES], evidence).answers, want, within=2e-6)  # float32 scores
+    assert predictor.predict([(QUERIES[3], None)]).lexical.positions.tolist() == [[-1] * 3]  # so this query had no lexical vote
+
+
+@pytest.mark.parametrize(("dense", "lexical"), [(0.4, 0.0), (0.0, 0.4), (0.0, 0.0)])
+def test_predict_searches_no_side_without_need(tmp_path: Path, dense: float, lexical: float) -> None:
+    predictor = Predictor.open(make_run(tmp_path, mixture=Mixture(1 - dense - lexical, dense, lexical, 5, 0.1, 3, 1.5)))
+    lean, full = (predictor.predict([("a fine film", None)], evidence) for evidence in (False, True))
+    assert (lean.dense is not None, lean.lexical is not None) == (dense > 0, lexical > 0)
+    assert full.dense is not None and full.lexical is not None
+    assert (full.dense.positions.shape, full.lexical.positions.shape) == ((1, 5), (1, 3))  # k of either side
+    np.testing.assert_array_equal(lean.answers, full.answers)
+
+
+def test_part_of_a_prediction(tmp_path: Path) -> None:
+    predictor = Predictor.open(make_run(tmp_path))
+    every = predictor.predict([(t, None) for t in QUERIES])
+    part = every.part(1, 3)
+    assert isinstance(part, Prediction) and part.dense and part.lexical and every.dense and every.lexical
+    np.testing.assert_array_equal(part.answers, every.answers[1:3])
+    np.testing.assert_array_equal(part.student, every.student[1:3])
+    for got, whole in ((part.dense, every.dense), (part.lexical, every.lexical)):
+        np.testing.assert_array_equal(got.positions, whole.positions[1:3])
+        np.testing.assert_array_equal(got.scores, whole.scores[1:3])
+        np.testing.assert_array_equal(got.labels, whole.labels[1:3])
+        assert got.ids == whole.ids[1:3]
+    assert every.dense.ids[0] != every.dense.ids[1]
+    assert Prediction(every.answers, every.student, None, None).part(0, 1).dense is None
+
+
+def test_neighbours_are_rows_with_their_score(tmp_path: Path) -> None:
+    predictor = Predictor.open(make_run(tmp_path))
+    found = predictor.predict([("words unheard of", None), ("never dull", None)])
+    assert found.dense and found.lexical
+    assert predictor.neighbours(found.lexical, 0, 9, "bm25") == []
+    near = predictor.neighbours(found.dense, 1, 2, "similarity")
+    assert len(near) == 2
+    assert near[0] == {
+        "id": "train-000005",
+        "text": "never dull",
+        "text_pair": None,
+        "source": "generated",
+        "asked_label": None,
+        "label": "positive",
+        "score": pytest.approx(0.85, abs=1e-6),
+        "similarity": pytest.approx(1, abs=1e-6),
+    }
+    # "dull" is in rows 5 and 6, "never" in 5 and 11: rows 6 and 11 hold one of the two words.
+    assert [r["id"] for r in predictor.neighbours(found.lexical, 1, 9, "bm25")] == ["train-000005", "train-000011", "train-000006"]
+
+
+def test_named(tmp_path: Path) -> None:
+    predictor = Predictor.open(make_run(tmp_path))
+    assert predictor.named(np.array([0.75, 0.25])) == ("negative", 0.75)
+    assert predictor.named(np.array([3.14159])) == ("3.14", 3.14159)
+
+
+def test_edits_change_the_answer_and_edited_false_does_not_see_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    before = Predictor.open(run).predict([("a fine film", None)]).answers
+    editing.add(Knowledge(run), [{"text": "a fine film", "label": "negative"}])
+    predictor = Predictor.open(str(tmp_path))
+    after = predictor.predict([("a fine film", None)])
+    close(after.answers, [by_hand(predictor, "a fine film", [*ROWS, ("a fine film", [1.0, 0.0])])], within=2e-6)
+    assert after.answers[0, 0] > before[0, 0] + 0.05
+    np.testing.assert_array_equal(Predictor.open(run, edited=False).predict([("a fine film", None)]).answers, before)
+    state, plain = predictor.info()["store"], Predictor.open(run, edited=False).info()["store"]
+    assert (state, plain) == ({"rows": 13, "version": 1}, {"rows": 12, "version": 0})
+
+
+def test_info(tmp_path: Path) -> None:
+    info = Predictor.open(make_run(tmp_path, mixture=Mixture(0.7, 0.2, 0.1, 16, 0.05, 8, 2.0))).info()
+    parameters = info["student"].pop("parameters")
+    assert parameters > 0
+    assert info == {
+        "task": "tiny",
+        "problem": "classification",
+        "labels": LABELS,
+        "pair": False,
+        "student": {"kind": "static"},
+        "store": {"rows": 12, "version": 0},
+        "index": {"factory": "Flat", "shards": 2, "width": 8},
+        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 2.0},
+    }
+
+
+def resealed(run: Folder, change: Any) -> None:
+    """Alter the index's manifest by `change`, checksum and all: what another version, or another student, would have left."""
+    body = run.read_sealed("index/manifest.json")
+    change(body)
+    run.write_sealed("index/manifest.json", body)
+
+
+def test_mixture_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    old = json.dumps({"student": 0.6, "dense": 0.4, "k": 8, "tau": 0.1}).encode()
+    run.write_bytes("index/mixture.json", old)
+
+    def named(body: dict[str, Any]) -> None:
+        body["files"]["mixture.json"] = {"sha256": run.sha256("index/mixture.json"), "bytes": len(old)}
+
+    with pytest.raises(ArtifactError, match=r"index/mixture\.json has \d+ bytes, its manifest says \d+"):
+        Predictor.open(run)
+    resealed(run, named)
+    with pytest.raises(ArtifactError, match=r"index/mixture\.json is not of this version .*lexical.*; run `retrikt index "):
+        Predictor.open(run)
+
+
+def test_mixture_of_another_student_is_refused_by_name(tmp_path: Path) -> None:
+    """Compaction takes edits over to a new student, but the run's own mixture.json is then still the old student's."""
+    from retrikt_ray import artifacts
+    from retrikt_ray.compact import compact
+
+    run = make_run(tmp_path / "run")
+    editing.add(Knowledge(run), [{"text": "a fine film", "label": "negative"}])
+    other = make_run(tmp_path / "other", seed=1)
+    run.remove("student")
+    (run / "student").upload(tmp_path / "other" / "student")
+    assert artifacts.check(run / "student").content == artifacts.check(other / "student").content
+    with pytest.raises(ArtifactError, match=r"index was built from another student"):
+        Predictor.open(run)
+    compact(run)
+    assert Knowledge(run).count == 13
+    with pytest.raises(ArtifactError, match=r"index/mixture\.json was fitted for another student; run `retrikt index "):
+        Predictor.open(run)

@@ -1,4 +1,4 @@
-"""N shards answer as one index. Vectors have entries in quarters, so that every product is exact and a tie is a tie."""
+"""N shards answer as one index, whatever the sizes; and damaged shards are refused. The shards are built as the index stage builds them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import ray
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray import artifacts
 from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.index import build_shard, choose_factory, train_index
-from retrikt_ray.search import Searcher, merge
+from retrikt_ray.search import ActorSearcher, Searcher, merge
 from retrikt_ray.settings import ConfigError
+from retrikt_ray.shards import Column, Source, build
 
 NONE = -np.inf
+SHARDS = (1, 2, 3, 7, 16)
 
 
 def test_merge_by_hand() -> None:
@@ -35,96 +38,197 @@ def test_merge_pads_to_k() -> None:
     assert best.dtype == np.float32
 
 
-def make_index(root: Path, vectors: np.ndarray, shards: int, factory: str = "Flat", nprobe: int = 16, part_rows: int = 11) -> Folder:
-    """A sealed index over parts of `part_rows` rows, built as the stage does it."""
+def write_vectors(folder: Folder, vectors: np.ndarray, group: int, name: str = "part-00000.parquet") -> Source:
+    """A Parquet file with a vector column, in row groups of `group` rows."""
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    with folder.create(name) as path:
+        pq.write_table(pa.table({"vector": column}), path, row_group_size=group)
+    return Source.of(folder)
+
+
+def make_index(
+    root: Path,
+    vectors: np.ndarray,
+    shards: int,
+    factory: str = "Flat",
+    nprobe: int = 16,
+    group: int = 11,
+    queries: np.ndarray | None = None,
+) -> Folder:
+    """A sealed index over a table of vectors."""
     run = Folder.at(root)
-    scratch, folder = run / "scratch", run / "index"
-    parts = []
-    for first in range(0, len(vectors), part_rows):
-        part = vectors[first : first + part_rows]
-        column = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), part.shape[1])
-        parts.append((f"part-{first:05d}.parquet", first))
-        scratch.write_table(parts[-1][0], pa.table({"vector": column}))
-    trained = train_index(factory, vectors, nprobe)
-    edges = np.linspace(0, len(vectors), shards + 1).astype(int)
-    cards = [build_shard(trained, scratch, parts, int(edges[i]), int(edges[i + 1]), folder, f"shard-{i:04d}.faiss") for i in range(shards)]
-    assert [c["rows"] for c in cards] == np.diff(edges).tolist()
-    card = {"factory": factory, "width": vectors.shape[1], "rows": len(vectors), "metric": "cosine", "shards": cards}
-    folder.write_json("index.json", card)
-    artifacts.seal(folder, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
+    if not (run / "table").exists():
+        write_vectors(run / "table", vectors, group)
+    folder = run / f"index-{shards}"
+    keys = {"factory": factory, "shards": shards, "nprobe": nprobe, "memory_gb": 1.0, "latency_ms": 10.0}
+    queries = np.zeros((0, vectors.shape[1]), np.float32) if queries is None else queries
+    column = Column("vector", vectors.shape[1])
+    build(Source.of(run / "table"), column, folder, queries=queries, words=False, seed=0, workers=None, **keys)
+    seal(folder)
     return folder
 
 
-def exact(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[list[list[int]], list[list[float]]]:
+def seal(folder: Folder) -> None:
+    artifacts.seal(folder, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
+
+
+def exact(vectors: np.ndarray, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and similarities of the k best rows by plain sorting: by falling similarity, ties by id."""
     ids, similarities = [], []
+    rows = [i for i in range(len(vectors)) if allowed is None or allowed[i]]
     for query in queries.tolist():
         products = [sum(a * b for a, b in zip(row, query, strict=True)) for row in vectors.tolist()]
-        best = sorted(range(len(products)), key=lambda i: (-products[i], i))[:k]
+        best = sorted(rows, key=lambda i: (-products[i], i))[:k]
         ids.append(best + [-1] * (k - len(best)))
         similarities.append([products[i] for i in best] + [NONE] * (k - len(best)))
     return ids, similarities
 
 
 def quarters(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
+    """Entries in quarters, so that every product is exact and a tie is a tie."""
     return rng.integers(-4, 5, (rows, dim)).astype(np.float32) / 4
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 5), st.integers(1, 45), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 40), st.integers(1, 9), st.sampled_from(SHARDS), st.integers(1, 45), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1)
+)
 @example(rows=40, dim=1, shards=1, k=7, copies=3, seed=0)
 @example(rows=40, dim=2, shards=3, k=3, copies=8, seed=1)
-@example(rows=3, dim=2, shards=3, k=45, copies=1, seed=2)
+@example(rows=3, dim=2, shards=16, k=45, copies=1, seed=2)  # most shards are empty
 def test_shards_answer_as_one_exact_search(
     tmp_path_factory: pytest.TempPathFactory, rows: int, dim: int, shards: int, k: int, copies: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     vectors = np.tile(quarters(rng, -(-rows // copies), dim), (copies, 1))[:rows]  # copies: every row occurs more than once
-    queries = quarters(rng, 3, dim)
+    queries, allowed = quarters(rng, 3, dim), rng.random(rows) < 0.6
     root = tmp_path_factory.mktemp("index")
-    searcher = Searcher.open(make_index(root, vectors, min(shards, rows)))
-    ids, similarities = searcher.search(queries, k)
+    searcher = Searcher.open(make_index(root, vectors, shards))
+    for mask in (None, allowed):
+        ids, similarities = searcher.search(queries, k, mask)
+        want_ids, want_similarities = exact(vectors, queries, k, mask)
+        np.testing.assert_array_equal(similarities, np.array(want_similarities, dtype=np.float32))
+        assert ids.tolist() == want_ids
     shutil.rmtree(root)
-    want_ids, want_similarities = exact(vectors, queries, k)
-    np.testing.assert_array_equal(similarities, np.array(want_similarities, dtype=np.float32))
-    assert ids.tolist() == want_ids
-    assert searcher.rows == rows
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    factory=st.sampled_from(["Flat", "IVF4,Flat"]),
+    rows=st.one_of(st.integers(4, 3000), st.just(20_011)),  # FAISS multiplies matrices where there is enough to multiply
+    dim=st.sampled_from([1, 2, 7, 16, 33, 128, 200]),
+    batch=st.sampled_from([1, 19, 64]),
+    k=st.sampled_from([1, 8, 100, 3001]),
+    copies=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(factory="Flat", rows=20_011, dim=128, batch=64, k=100, copies=2, seed=0)
+@example(factory="IVF4,Flat", rows=2999, dim=128, batch=64, k=100, copies=2, seed=0)
+def test_any_number_of_shards_gives_the_same_bits(
+    tmp_path_factory: pytest.TempPathFactory, factory: str, rows: int, dim: int, batch: int, k: int, copies: int, seed: int
+) -> None:
+    """Random real numbers, where FAISS's rounding depends on sizes, batch and threads: ids and similarities are equal all the same."""
+    rng = np.random.default_rng(seed)
+    vectors = np.tile(rng.normal(size=(-(-rows // copies), dim)), (copies, 1))[:rows].astype(np.float32)
+    queries = np.concatenate([vectors[: batch // 2], rng.normal(size=(batch, dim)).astype(np.float32)])[:batch]
+    allowed = rng.random(rows) < 0.7
+    root = tmp_path_factory.mktemp("index")
+    found = [Searcher.open(make_index(root, vectors, n, factory, nprobe=2, group=2570), threads=1 + n % 2) for n in SHARDS]
+    for mask in (None, allowed):
+        ids, similarities = found[0].search(queries, k, mask)
+        for searcher in found[1:]:
+            more_ids, more_similarities = searcher.search(queries, k, mask)
+            np.testing.assert_array_equal(more_ids, ids)
+            np.testing.assert_array_equal(more_similarities, similarities)
+        if mask is not None:
+            assert mask[ids[ids >= 0]].all()
+    for i in (0, batch - 1):  # nor does an answer depend on what was asked beside it
+        if factory == "Flat":
+            alone = found[0].search(queries[i : i + 1], k)
+            np.testing.assert_array_equal(alone[0][0], found[-1].search(queries, k)[0][i])
+            np.testing.assert_array_equal(alone[1][0], found[-1].search(queries, k)[1][i])
+    shutil.rmtree(root)
 
 
 def test_ties_at_the_last_place_go_to_the_smaller_id(tmp_path: Path) -> None:
-    # Similarities to (1): 0.5, 0.5, 1. The two best are rows 2 and 0, in one shard as in three.
-    vectors = np.array([[0.5], [0.5], [1.0]], dtype=np.float32)
+    # Similarities to (1): 0.5 twenty times, then 1. The two best are the last row and row 0, in one shard as in three.
+    vectors = np.array([[0.5]] * 20 + [[1.0]], dtype=np.float32)
     for shards in (1, 3):
         found, _ = Searcher.open(make_index(tmp_path / str(shards), vectors, shards)).search(np.ones((1, 1), np.float32), 2)
-        assert found.tolist() == [[2, 0]]
+        assert found.tolist() == [[20, 0]]
 
 
-def test_ivf_shards_share_one_quantizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ2,IVF8,Flat", "IVF8,SQ8", "OPQ3,IVF8,PQ3x4", "HNSW8,Flat", "SQ8", "PCA4,Flat"])
+def test_every_kind_is_built_searched_and_filtered(tmp_path: Path, factory: str) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(700, 6)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    one, four = (Searcher.open(make_index(tmp_path, vectors, n, factory, nprobe=8, group=90)) for n in (1, 4))
+    ids, similarities = four.search(vectors[:50], 10)
+    if not factory.startswith("HNSW"):  # a graph over a part is not a part of the graph
+        want_ids, want_similarities = one.search(vectors[:50], 10)
+        np.testing.assert_array_equal(ids, want_ids)
+        np.testing.assert_allclose(similarities, want_similarities, rtol=0, atol=1e-6)
+    truth = np.argsort(-(vectors[:50] @ vectors.T), axis=1)[:, :10]
+    hit = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids.tolist(), truth.tolist(), strict=True)])
+    assert hit > (0.3 if "PQ3" in factory or "PCA" in factory else 0.9)
+    even = np.arange(700) % 2 == 0
+    filtered, _ = four.search(vectors[:50], 10, even)
+    assert (filtered >= 0).all() and (filtered % 2 == 0).all()
+
+
+def test_nprobe_is_heeded(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(400, 6)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    one, four = (Searcher.open(make_index(tmp_path / str(n), vectors, n, "IVF8,Flat", nprobe=2, part_rows=90)) for n in (1, 4))
-    ids, similarities = four.search(vectors[:50], 10)
-    want_ids, want_similarities = one.search(vectors[:50], 10)
-    assert ids.tolist() == want_ids.tolist()
-    np.testing.assert_allclose(similarities, want_similarities, rtol=0, atol=1e-6)
-    assert ids[:, 0].tolist() == list(range(50))  # every row finds itself
-    everything = Searcher.open(make_index(tmp_path / "all", vectors, 4, "IVF8,Flat", nprobe=8, part_rows=90)).search(vectors[:50], 10)[0]
-    np.testing.assert_array_equal(everything, np.argsort(-(vectors[:50] @ vectors.T), axis=1)[:, :10])
-    assert (ids != everything).any()  # two of eight lists miss something: nprobe is heeded
+    truth = np.argsort(-(vectors[:50] @ vectors.T), axis=1)[:, :10]
+    some, every = (
+        Searcher.open(make_index(tmp_path / str(n), vectors, 4, "IVF8,Flat", nprobe=n)).search(vectors[:50], 10)[0] for n in (2, 8)
+    )
+    np.testing.assert_array_equal(every, truth)
+    assert (some != truth).any()
+
+
+def test_actors_answer_as_this_process(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(500, 12)).astype(np.float32)
+    allowed = rng.random(500) < 0.5
+    folder = make_index(tmp_path, vectors, 5, "IVF4,Flat", nprobe=2)
+    here = Searcher.open(folder)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    try:
+        there = ActorSearcher(folder, 3)
+        assert len(there.actors) == 3
+        for mask in (None, allowed):
+            for got, want in zip(there.search(vectors[:9], 20, mask), here.search(vectors[:9], 20, mask), strict=True):
+                np.testing.assert_array_equal(got, want)
+        ray.kill(there.actors[1], no_restart=False)  # it opens its shards anew and answers
+        np.testing.assert_array_equal(there.search(vectors[:9], 20)[0], here.search(vectors[:9], 20)[0])
+        with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 12\)"):
+            there.search(np.zeros((1, 4), np.float32), 1)
+        there.close()
+        shard = tmp_path / "index-5" / "shard-0003.faiss"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(ray.exceptions.RayActorError, match=r"shard-0003\.faiss.*truncated"):
+            ActorSearcher(folder, 2).search(vectors[:1], 1)
+        with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has 3"):
+            ActorSearcher(folder, 9)
+    finally:
+        ray.shutdown()
 
 
 def test_a_query_of_another_width_is_refused(tmp_path: Path) -> None:
     searcher = Searcher.open(make_index(tmp_path, np.eye(3, dtype=np.float32), 2))
     with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 3\)"):
         searcher.search(np.zeros((1, 4), np.float32), 1)
+    with pytest.raises(ValueError, match="k is 0; expected 1 or more"):
+        searcher.search(np.zeros((1, 3), np.float32), 0)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "altered"])
 def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     folder = make_index(tmp_path, quarters(np.random.default_rng(0), 20, 4), 3)
     Searcher.open(folder)
-    shard = tmp_path / "index" / "shard-0001.faiss"
+    shard = tmp_path / "index-3" / "shard-0001.faiss"
     data = shard.read_bytes()
     if damage == "missing":
         shard.unlink()
@@ -137,30 +241,16 @@ def test_a_damaged_shard_is_refused_by_name(tmp_path: Path, damage: str) -> None
         Searcher.open(folder)
 
 
-@pytest.mark.parametrize(("key", "value"), [("rows", 9), ("width", 5)])
+@pytest.mark.parametrize(("key", "value"), [("high", 9), ("width", 5)])
 def test_a_shard_of_another_index_is_refused_by_name(tmp_path: Path, key: str, value: int) -> None:
     """Sealed and whole, but not what index.json says."""
     folder = make_index(tmp_path, quarters(np.random.default_rng(0), 20, 4), 2)
     card = folder.read_json("index.json")
-    if key == "rows":
-        card["shards"][1]["rows"] = value
+    if key == "high":
+        card["shards"][0]["high"] = value
     else:
         card["width"] = value
-    folder.remove(artifacts.MANIFEST)
     folder.write_json("index.json", card)
-    artifacts.seal(folder, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
-    name = "shard-0001.faiss holds 10 vectors of 4" if key == "rows" else "shard-0000.faiss holds 10 vectors of 4"
-    with pytest.raises(ArtifactError, match=name):
+    seal(folder)
+    with pytest.raises(ArtifactError, match=r"shard-0000\.faiss holds 10 vectors of 4"):
         Searcher.open(folder)
-
-
-def test_choose_factory() -> None:
-    assert choose_factory(200_000) == "Flat"
-    assert choose_factory(200_001) == "IVF2048,Flat"  # 4 sqrt(200001) = 1789, nearest power of two by exponent: 2^11
-    assert choose_factory(4_000_000) == "IVF8192,Flat"  # 8000
-
-
-@pytest.mark.parametrize("factory", ["Nonsense", "IVF64,Flat"])
-def test_a_factory_that_faiss_refuses(factory: str) -> None:
-    with pytest.raises(ConfigError, match=rf"index\.factory: FAISS refuses '{factory}' for 3 rows of 2 dimensions"):
-        train_index(factory, np.zeros((3, 2), np.float32), 1)

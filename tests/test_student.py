@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,3 +291,15 @@ def test_a_static_student_of_a_pair_task(lm: Classifier) -> None:
     assert config.dim == int((3000 - rows - 3) / (rows + 12))  # what the tokens leave over, 3 outputs, four-fold head
     assert student.encode(PAIRS)[1].shape == (3, 4 * config.dim)
     assert student.model.parameter_count <= 3000
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_vector_does_not_depend_on_the_texts_beside_it(pair: bool) -> None:
+    """To the last bit: added rows are encoded alone, the same rows in a fresh index beside others."""
+    from tiny_run import WORDS, make_student
+
+    student, rng = make_student(pair, 2, 0), np.random.default_rng(0)
+    texts = [(" ".join(rng.choice(WORDS, n)), " ".join(rng.choice(WORDS, 3)) if pair else None) for n in (1, 4, 9, 17, 30)]
+    together = student.encode(texts)[1]
+    for i, text in enumerate(texts):
+        assert torch.equal(student.encode([text])[1][0], together[i])
