@@ -109,20 +109,25 @@ class Knowledge:
         where = base_of(self.run, state)
         if state:
             check_origin(self.run, state)
-        seals = {name: check(where / name, deep=True) for name in ("store", "index")}
+        # The manifests with each other, before any file with its manifest: a whole manifest of another run must not vouch for anything.
+        seals = {name: check(where / name, only=[]) for name in ("store", "index")}
         contents = {"student": self.student} | {name: seal.content for name, seal in seals.items()}
-        for name in ("student", "store"):
-            if seals["index"].inputs[name] != contents[name]:
-                fix = f"run `retrikt index {self.run}`" if where == self.run else f"run `retrikt store compact {self.run}`"
-                raise ArtifactError(
-                    f"{where}/index was built from another {name} than {(self.run if name == 'student' else where)}/{name}; {fix}"
-                )
         for name, content in state.contents.items() if state else ():
+            if content != contents[name] and name != "student" and where != self.run:
+                raise ArtifactError(f"{where}/{name}/{MANIFEST} was exchanged: it is not the one that {self.folder}/{MANIFEST} knows")
             if content != contents[name]:
                 raise ArtifactError(
-                    f"{self.folder}/{MANIFEST} holds edits of another {name} than {where if name != 'student' else self.run}/{name}: it was made anew "
-                    f"since. `retrikt store compact {self.run}` takes the edits over"
+                    f"{self.folder}/{MANIFEST} holds edits of another {name} than {self.run}/{name}: it was made anew since. "
+                    f"`retrikt store compact {self.run}` takes the edits over"
                 )
+        for name in ("student", "store"):
+            if seals["index"].inputs.get(name) != contents[name]:
+                raise ArtifactError(
+                    f"{where}/index was built from another {name}, says its {MANIFEST}, than {(self.run if name == 'student' else where)}/{name}; "
+                    f"run `retrikt index {self.run}`"
+                )
+        for name in seals:
+            check(where / name, deep=True)
         self.searcher = self.opener(where / "index", self.threads)
         self.base_words = Lexical.unsealed(where / "index")
         self.card = (where / "index").read_json("index.json")

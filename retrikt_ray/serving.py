@@ -97,7 +97,7 @@ class Endpoint:
 
     @serve.batch
     async def retrieve_batch(self, requests: list[tuple[list[Text], RetrieveBody]]) -> list[Any]:
-        """Rows for several requests, in one pass for those that ask alike. A bad filter is the answer of its own request, not of the batch."""
+        """Rows for several requests, those that ask alike in one pass. A bad filter is the answer of its own request, not of the batch."""
 
         def work() -> list[Any]:
             self.predictor.knowledge.refresh()

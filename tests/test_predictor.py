@@ -194,7 +194,8 @@ def test_fit_takes_the_student_alone_where_nothing_was_found() -> None:
 def test_fit_finds_the_side_that_helps_and_its_k(k: int) -> None:
     """Of the neighbours k/2 .. k - 1 are right (of 8: all), so that the vote for the truth is largest at k.
 
-    It is 1/2 there (1 for 8), 0 at k/2 and 1/4 at 2k. The student gives the truth 0.5 in one half and 0.3 in the other: the vote shall weigh all it may.
+    It is 1/2 there (1 for 8), 0 at k/2 and 1/4 at 2k. The student gives the truth 0.5 in one half and 0.3 in the other, so the vote shall
+    weigh all it may.
     """
     votes, student = right_between(6, 0 if k == 8 else k // 2, k), np.tile([[0.5, 0.5], [0.3, 0.7]], (3, 1))
     # The side that found nothing keeps the first of the choices, which tie.
@@ -220,7 +221,7 @@ def test_fit_finds_tau(side: str, tau: float) -> None:
 
 
 def test_fit_finds_both_sides() -> None:
-    """Dense neighbours are right for three queries, lexical ones for two others; the student says 1/2. A side that found nothing leaves it so.
+    """Dense neighbours are right for three queries, lexical ones for two others; the student says 1/2, and where a side found nothing it stays.
 
     The likelihood is (1/2 + d/2)^3 (1/2 + l/2)^2: 1.7^3 * 1.2^2 = 7.075 is more than 1.8^3 * 1.1^2 = 7.057 and 1.6^3 * 1.3^2 = 6.922.
     """

@@ -462,7 +462,7 @@ def test_compaction_under_a_running_server_changes_no_answer(served: Served) -> 
 
 @pytest.mark.parametrize("damaged", ["edit", "manifest", "base"])
 def test_damaged_knowledge_is_not_answered_from(served: Served, damaged: str) -> None:
-    """A file is altered before the replica has looked: every request fails, with an id under which the log names the file, until it is mended."""
+    """Altered before the replica has looked: every request fails, with an id under which the log names the file, until it is mended."""
     knowledge, code = Knowledge(served.edited), f"new-{damaged}"
     before = asked(served)
     editing.add(knowledge, [{"id": code, "text": QUERY, "label": "negative"}])
