@@ -67,7 +67,7 @@ bench-trec: install-bench ## TREC, 64 rows a class: generated only, and with unl
 
 $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 	$(PYTHON) -m venv $(VENV)-autofaiss
-	$(VENV)-autofaiss/bin/pip install -q autofaiss==2.18.0
+	$(VENV)-autofaiss/bin/pip install -q autofaiss==2.18.0 "pyarrow<20" "faiss-cpu<1.12" # later ones do not go with it
 	@touch $@
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss

@@ -88,6 +88,7 @@ class Knowledge:
         self.looked = 0.0
         self.load_base(self.read_state())
         self.apply_edits()
+        self.whole = True  # all of the state that was seen is taken over
 
     # opening
 
@@ -106,6 +107,7 @@ class Knowledge:
 
     def load_base(self, state: State | None) -> None:
         """Open the store and the index that the state names."""
+        self.based = False  # until store and index are known to belong together
         where = base_of(self.run, state)
         if state:
             check_origin(self.run, state)
@@ -135,7 +137,7 @@ class Knowledge:
         for part, found in (("shards", self.card["rows"]), ("words", self.base_words.rows)):
             if found != self.base.num_rows:
                 raise ArtifactError(f"{where}/index holds {part} of {found} rows, {where}/store has {self.base.num_rows}")
-        self.where, self.state, self.contents = where, state, contents
+        self.where, self.state, self.contents, self.based = where, state, contents, True
 
     def apply_edits(self) -> None:
         """Read the log of the state over the base."""
@@ -164,20 +166,23 @@ class Knowledge:
         """
         if not self.edited:
             return False
-        if not at_once and not self.run.is_local and time.monotonic() - self.looked < REMOTE_LOOK_S:
+        if self.whole and not at_once and not self.run.is_local and time.monotonic() - self.looked < REMOTE_LOOK_S:
             return False
         self.looked = time.monotonic()
-        if self.signature() == self.seen:
+        if self.whole and self.signature() == self.seen:
             return False
+        self.whole = False  # where this fails, the next search must not be answered from half of it, but try again
         for attempt in range(3):
             try:
                 state = self.read_state()
-                if (state.base if state else None) != (self.state.base if self.state else None):
+                base, old = ((s.base if s else None) for s in (state, self.state))
+                if not self.based or base != old or (state and state.contents != self.contents):
                     self.load_base(state)
                 self.state = state
                 self.apply_edits()
+                self.whole = True
                 return True
-            except ArtifactError:  # a file of a state that was replaced while we read it
+            except (ArtifactError, FileNotFoundError):  # a file of a state that was replaced while we read it
                 if attempt == 2 or self.signature() == self.seen:
                     raise
         raise AssertionError
@@ -210,9 +215,9 @@ class Knowledge:
                     raise ConfigError(f"label: found {label!r}; the labels of {self.task['name']} are {named}")
                 mask = mask & (self.labels.argmax(1) == self.task["labels"].index(label))
             if source is not None:
-                known = sorted(self.rows["source"].unique().to_pylist())
+                known = sorted(self.rows["source"].filter(pa.array(self.alive)).unique().to_pylist())
                 if source not in known:
-                    raise ConfigError(f"source: found {source!r}; the sources of {self.run} are {', '.join(known)}")
+                    raise ConfigError(f"source: found {source!r}; the sources of the store are {', '.join(known)}")
                 mask = mask & pc.equal(self.rows["source"], source).to_numpy(zero_copy_only=False)
             self.masks[key] = None if mask.all() else mask
         return self.masks[key]

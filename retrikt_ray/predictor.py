@@ -7,7 +7,7 @@ the index stage. In regression the same mixture is of values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from retrikt_ray.knowledge import Hits, Knowledge
 
 if TYPE_CHECKING:
     from retrikt_ray.classifier import Text
+    from retrikt_ray.search import Search
     from retrikt_ray.student import Student
 
 
@@ -126,15 +127,17 @@ class Predictor:
         self.task = knowledge.task
 
     @staticmethod
-    def open(run: str | Folder, threads: int = 1, *, edited: bool = True) -> Predictor:
-        """Open RUN's task card, student and knowledge after comparing each with its manifest. edited=False: as the run made it.
+    def open(
+        run: str | Folder, threads: int = 1, *, edited: bool = True, opener: Callable[[Folder, int], Search] | None = None
+    ) -> Predictor:
+        """Open RUN's task card, student and knowledge after comparing each with its manifest. edited, opener: as for Knowledge.
 
         Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
         """
         from retrikt_ray.student import Student
 
         folder = Folder.at(run) if isinstance(run, str) else run
-        knowledge = Knowledge(folder, threads, edited=edited)
+        knowledge = Knowledge(folder, threads, edited=edited, opener=opener)
         index = folder / "index"
         if check(index, deep=True, only=["mixture.json"]).inputs["student"] != knowledge.student:
             raise ArtifactError(f"{index}/mixture.json was fitted for another student; run `retrikt index {folder}`")

@@ -20,6 +20,7 @@ from retrikt_ray.cluster import capacity
 from retrikt_ray.folders import ArtifactError, Folder
 from retrikt_ray.settings import ConfigError
 
+READY_S = 120  # for actors to start and open their shards
 SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
 
 
@@ -214,6 +215,9 @@ class ShardActor:
     def __init__(self, folder: Folder, files: list[str], threads: int) -> None:
         self.searcher = Searcher.open(folder, threads, only=files)
 
+    def rows(self) -> int:
+        return sum(s.index.ntotal for s in self.searcher.shards)
+
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         return self.searcher.search(queries, k, allowed)
 
@@ -230,11 +234,18 @@ class ActorSearcher:
         card = folder.read_json("index.json")
         files = [s["file"] for s in card["shards"]]
         actors = min(actors, len(files))
-        if actors * threads > capacity()["CPU"]:  # Ray would wait for ever
-            raise ConfigError(f"{actors} actors of {threads} CPUs ask for {actors * threads}; the cluster has {capacity()['CPU']:g}")
+        have = capacity()["CPU"]
+        if actors * threads > have:  # Ray would wait for ever
+            raise ConfigError(f"{actors} actors of {threads} CPUs ask for {actors * threads}; the cluster has, or can grow to, {have:g}")
         start: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(ShardActor)
         self.width = card["width"]
         self.actors = [start.remote(folder, files[i::actors], threads) for i in range(actors)]
+        ready, waiting = ray.wait([a.rows.remote() for a in self.actors], num_returns=actors, timeout=READY_S)
+        if waiting:
+            raise ConfigError(
+                f"{len(waiting)} of {actors} actors of {threads} CPUs have not started for {READY_S} s: the cluster is busy or small"
+            )
+        ray.get(ready)  # raises what an actor found wrong with its shards
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `Search.search`."""

@@ -29,6 +29,7 @@ from retrikt_ray.api import Refusal, RetrieveBody, build_api, read_texts
 from retrikt_ray.folders import Folder
 from retrikt_ray.knowledge import Hits
 from retrikt_ray.predictor import Prediction, Predictor, Votes, cast
+from retrikt_ray.search import ActorSearcher
 from retrikt_ray.settings import ConfigError, Section, explain
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class ServeArgs(Section):
     run: str = Field(description="Run directory or its URI; on a cluster an absolute path or URI that every node can read.")
     replicas: int = Field(1, ge=1, description="Replicas, each with its own copy of the student and the index memory-mapped.")
     threads: int = Field(1, ge=1, description="CPUs a replica reserves, and its torch and FAISS threads.")
+    shard_actors: int = Field(
+        0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."
+    )
     max_batch: int = Field(64, ge=1, description="Requests answered together at most.")
     batch_wait_ms: float = Field(5, ge=0, description="How long a request waits for others to be answered with.")
     max_texts: int = Field(256, ge=1, description="Texts in one request; more are refused with 413.")
@@ -190,7 +194,9 @@ def open_predictor(args: ServeArgs) -> Predictor:
     import torch
 
     torch.set_num_threads(args.threads)
-    return Predictor.open(args.run, args.threads)
+    if not args.shard_actors:
+        return Predictor.open(args.run, args.threads)
+    return Predictor.open(args.run, args.threads, opener=lambda index, threads: ActorSearcher(index, args.shard_actors, threads))
 
 
 def capacity(args: ServeArgs) -> int:

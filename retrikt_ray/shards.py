@@ -145,8 +145,9 @@ def fill(
         index.add(part)
         norm = max(norm, longest(part))
         if len(queries):
-            numbers = np.broadcast_to(np.arange(first, first + len(part)), (len(queries), len(part)))
-            best = merge([best[0], numbers], [best[1], queries @ part.T], RECALL_AT)
+            near = queries @ part.T
+            numbers = np.argpartition(-near, min(RECALL_AT, len(part)) - 1, axis=1)[:, :RECALL_AT]
+            best = merge([best[0], first + numbers], [best[1], np.take_along_axis(near, numbers, 1)], RECALL_AT)
     with folder.create(name) as path:
         faiss.write_index(index, str(path))
     card = {"file": name, "low": low, "high": high, "norm": norm, "sha256": folder.sha256(name), "bytes": folder.size(name)}

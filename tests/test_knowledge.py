@@ -209,7 +209,7 @@ def test_filters(run: Folder) -> None:
     )
     with pytest.raises(ConfigError, match="label: found 'good'; the labels of tiny are negative, positive"):
         ids_of(predictor, "a film", label="good")
-    with pytest.raises(ConfigError, match=r"source: found 'web'; the sources of .* are added, generated, task"):
+    with pytest.raises(ConfigError, match=r"source: found 'web'; the sources of the store are added, generated, task"):
         ids_of(predictor, "a film", source="web")
 
 
@@ -388,7 +388,9 @@ def test_an_index_of_another_student_is_refused_by_name(tmp_path: Path) -> None:
     make_run(tmp_path / "twin", seed=1)
     shutil.rmtree(tmp_path / "run" / "index")
     shutil.copytree(tmp_path / "twin" / "index", tmp_path / "run" / "index")
-    with pytest.raises(ArtifactError, match=r"index was built from another student, says its manifest.json, than .*/run/student; run `retrikt index"):
+    with pytest.raises(
+        ArtifactError, match=r"index was built from another student, says its manifest.json, than .*/run/student; run `retrikt index"
+    ):
         Predictor.open(run)
 
 

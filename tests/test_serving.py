@@ -82,7 +82,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     broken = str(make_run(folder / "broken", mixture=Mixture(0.5, 0.5, 0.0, 8, 0.0, 8, 1.0)))  # tau 0: every prediction is NaN
     edited = make_run(folder / "edited")
     port = free_port()
-    ray.init(address="local", num_cpus=5, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         apps = {
@@ -90,6 +90,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             "pair": ("/pair", {"run": pair}),
             "broken": ("/broken", {"run": broken, "max_batch": 1, "max_queued": 0}),
             "edited": ("/edited", {"run": edited.uri, "batch_wait_ms": 100}),  # so that requests sent together are answered together
+            "spread": ("/spread", {"run": single, "shard_actors": 2}),
         }
         serve.run_many([serve.RunTarget(build_app(args), name=name, route_prefix=prefix) for name, (prefix, args) in apps.items()])
         logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
@@ -124,6 +125,12 @@ def expected_rows(predictor: Predictor, hits: Hits, query: int, score: str) -> l
 
 
 # routes
+
+
+def test_shards_in_actors_answer_as_shards_in_the_replica(served: Served) -> None:
+    body = {"inputs": ["a fine film", "never cold"]}
+    for route, more in (("predict", {}), ("explain", {}), ("retrieve", {"mode": "hybrid", "k": 12})):
+        assert served.post(f"spread/{route}", body | more).json() == served.post(route, body | more).json()
 
 
 def test_predict_one_text_is_a_list_of_scores_best_first(served: Served) -> None:
