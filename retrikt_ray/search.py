@@ -21,6 +21,7 @@ from retrikt_ray.folders import ArtifactError, Folder
 from retrikt_ray.settings import ConfigError
 
 READY_S = 120  # for actors to start and open their shards
+JOINED_BYTES = 1e9  # of an IVF index: up to here a process joins its shards in memory, for inverted lists in N pieces take longer to scan
 SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
 
 
@@ -37,6 +38,8 @@ class Search(Protocol):
 
 def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of several answers: each (Q, k_i), ids -1 where there is none. Returns (Q, k) ids and similarities, ties by id."""
+    if len(ids) == 1 and ids[0].shape[1] >= k and (ids[0] >= 0).all() and (similarities[0][:, 1:] < similarities[0][:, :-1]).all():
+        return ids[0][:, :k], similarities[0][:, :k].astype(np.float32)  # in order, as FAISS has it where nothing ties
     every = np.concatenate(ids, 1)
     scores = np.where(every < 0, -np.inf, np.concatenate(similarities, 1))
     order = np.lexsort((every, -scores), axis=1)[:, :k]
@@ -92,6 +95,14 @@ class Shard:
         if isinstance(index, faiss.IndexFlat) and index.ntotal:
             self.vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
 
+    @property
+    def high(self) -> int:
+        return self.low + int(self.index.ntotal)
+
+    def join(self, index: Any) -> None:
+        """Take over the rows that follow, out of an index with the same trained part."""
+        self.index.merge_from(index, self.index.ntotal)
+
     def ask(self, queries: np.ndarray, k: int, nprobe: int, selector: Any, visit: Any) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's own k best: similarities and numbers in the file."""
         if self.ivf is None:
@@ -119,21 +130,22 @@ class Shard:
         if self.vectors is not None:
             margin = 2 * self.index.d * 2.0**-23 * self.norm * np.linalg.norm(queries, axis=1)
         ask = min(total, k + (SLACK if self.vectors is not None else 1))
-        similarities, numbers = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        similarities, numbers = self.ask(queries, ask, nprobe, selector, visit)
         pending = np.arange(len(queries))
-        while len(pending):
-            part = visit and tuple(v[pending] for v in visit)
-            found, which = self.ask(queries[pending], ask, nprobe, selector, part)
-            grow = ((0, 0), (0, ask - numbers.shape[1]))
-            similarities, numbers = np.pad(similarities, grow, constant_values=-np.inf), np.pad(numbers, grow, constant_values=-1)
-            similarities[pending], numbers[pending] = found, which
-            if ask == total:
+        while ask < total:  # where the last row could tie with the k-th, ask again for more
+            tie = similarities[pending, -1] >= similarities[pending, k - 1] - margin[pending]
+            pending = pending[tie & (numbers[pending, -1] >= 0)]
+            if not len(pending):
                 break
-            pending = pending[(which[:, -1] >= 0) & (found[:, -1] >= found[:, k - 1] - margin[pending])]
-            ask = min(total, 2 * ask)
+            grow, ask = ((0, 0), (0, min(ask, total - ask))), min(2 * ask, total)
+            similarities, numbers = np.pad(similarities, grow, constant_values=-np.inf), np.pad(numbers, grow, constant_values=-1)
+            part = visit and tuple(v[pending] for v in visit)
+            similarities[pending], numbers[pending] = self.ask(queries[pending], ask, nprobe, selector, part)
         if self.vectors is not None:
             similarities = self.rescored(queries, numbers)
-        return similarities, np.where(numbers < 0, -1, numbers + self.low)
+        if self.low:
+            numbers = np.where(numbers < 0, -1, numbers + self.low)
+        return similarities, numbers
 
     def rescored(self, queries: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Similarities (Q, c) of found rows, each summed in one order, whatever the batch and the shard. -inf for -1."""
@@ -150,12 +162,16 @@ class Shard:
 
 @dataclass
 class Searcher:
-    """Shards memory-mapped in this process."""
+    """Shards in this process, memory-mapped; those of a small IVF index joined in memory."""
 
     shards: list[Shard]
     width: int
     nprobe: int
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        ivf = bool(self.shards) and self.shards[0].ivf is not None
+        self.lists = Lists(self.shards[0].index, self.nprobe) if ivf else None
 
     @staticmethod
     def open(folder: Folder, threads: int = 1, only: list[str] | None = None) -> Searcher:
@@ -168,17 +184,21 @@ class Searcher:
         """Open shards that this process has just verified, or its own job has just written."""
         card = folder.read_json("index.json")
         local = folder.local()
-        shards = []
-        for shard in card["shards"]:
-            if only is not None and shard["file"] not in only:
-                continue
-            index = faiss.read_index(str(local / shard["file"]), faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY)
+        cards = [s for s in card["shards"] if only is None or s["file"] in only]
+        joined = "IVF" in card["factory"] and sum(s["bytes"] for s in cards) <= JOINED_BYTES
+        mapped = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY
+        shards: list[Shard] = []
+        for shard in cards:
+            index = faiss.read_index(str(local / shard["file"]), 0 if joined else mapped)
             if index.d != card["width"] or index.ntotal != shard["high"] - shard["low"]:
                 raise ArtifactError(
                     f"{folder}/{shard['file']} holds {index.ntotal} vectors of {index.d} dimensions; "
                     f"index.json says {shard['high'] - shard['low']} of {card['width']}"
                 )
-            shards.append(Shard(index, shard["low"], shard["norm"]))
+            if joined and shards and shards[-1].high == shard["low"]:
+                shards[-1].join(index)
+            else:
+                shards.append(Shard(index, shard["low"], shard["norm"]))
         return Searcher(shards, card["width"], card["nprobe"], threads)
 
     @staticmethod
@@ -196,12 +216,11 @@ class Searcher:
             raise ValueError(f"k is {k}; expected 1 or more")
         faiss.omp_set_num_threads(self.threads)  # of the calling thread
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        visit = None
-        if self.shards and self.shards[0].ivf is not None:
-            visit = Lists(self.shards[0].index, self.nprobe)(queries)
+        visit = self.lists and self.lists(queries)
         answers = [s.search(queries, k, self.nprobe, allowed, visit) for s in self.shards]
-        empty = np.zeros((len(queries), 0))
-        return merge([empty.astype(np.int64), *(a[1] for a in answers)], [empty, *(a[0] for a in answers)], k)
+        if not answers:
+            answers = [(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))]
+        return merge([a[1] for a in answers], [a[0] for a in answers], k)
 
 
 def longest(vectors: np.ndarray) -> float:
@@ -232,14 +251,14 @@ class ActorSearcher:
         import ray
 
         card = folder.read_json("index.json")
-        files = [s["file"] for s in card["shards"]]
-        actors = min(actors, len(files))
+        actors = min(actors, len(card["shards"]))
+        files = [part.tolist() for part in np.array_split([s["file"] for s in card["shards"]], actors)]  # neighbours together
         have = capacity()["CPU"]
         if actors * threads > have:  # Ray would wait for ever
             raise ConfigError(f"{actors} actors of {threads} CPUs ask for {actors * threads}; the cluster has, or can grow to, {have:g}")
         start: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(ShardActor)
         self.width = card["width"]
-        self.actors = [start.remote(folder, files[i::actors], threads) for i in range(actors)]
+        self.actors = [start.remote(folder, files[i], threads) for i in range(actors)]
         ready, waiting = ray.wait([a.rows.remote() for a in self.actors], num_returns=actors, timeout=READY_S)
         if waiting:
             raise ConfigError(

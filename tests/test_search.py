@@ -14,7 +14,7 @@ import ray
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from retrikt_ray import artifacts
+from retrikt_ray import artifacts, search
 from retrikt_ray.folders import ArtifactError, Folder
 from retrikt_ray.search import ActorSearcher, Searcher, merge
 from retrikt_ray.settings import ConfigError
@@ -133,7 +133,14 @@ def test_any_number_of_shards_gives_the_same_bits(
     queries = np.concatenate([vectors[: batch // 2], rng.normal(size=(batch, dim)).astype(np.float32)])[:batch]
     allowed = rng.random(rows) < 0.7
     root = tmp_path_factory.mktemp("index")
-    found = [Searcher.open(make_index(root, vectors, n, factory, nprobe=2, group=2570), threads=1 + n % 2) for n in SHARDS]
+    folders = {n: make_index(root, vectors, n, factory, nprobe=2, group=2570) for n in SHARDS}
+    found = [Searcher.open(folder, threads=1 + n % 2) for n, folder in folders.items()]
+    if factory != "Flat":  # lists joined in memory, and shard by shard
+        assert [len(s.shards) for s in found] == [1] * len(SHARDS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search, "JOINED_BYTES", 0)
+            found += [Searcher.open(folder, threads=1 + n % 2) for n, folder in folders.items()]
+    assert [len(s.shards) for s in found[-len(SHARDS) :]] == list(SHARDS)
     for mask in (None, allowed):
         ids, similarities = found[0].search(queries, k, mask)
         for searcher in found[1:]:
@@ -159,11 +166,13 @@ def test_ties_at_the_last_place_go_to_the_smaller_id(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF8,Flat", "OPQ2,IVF8,Flat", "IVF8,SQ8", "OPQ3,IVF8,PQ3x4", "HNSW8,Flat", "SQ8", "PCA4,Flat"])
-def test_every_kind_is_built_searched_and_filtered(tmp_path: Path, factory: str) -> None:
+def test_every_kind_is_built_searched_and_filtered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(700, 6)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    one, four = (Searcher.open(make_index(tmp_path, vectors, n, factory, nprobe=8, group=90)) for n in (1, 4))
+    one = Searcher.open(make_index(tmp_path, vectors, 1, factory, nprobe=8, group=90))
+    monkeypatch.setattr(search, "JOINED_BYTES", 0)
+    four = Searcher.open(make_index(tmp_path, vectors, 4, factory, nprobe=8, group=90))
     ids, similarities = four.search(vectors[:50], 10)
     if not factory.startswith("HNSW"):  # a graph over a part is not a part of the graph
         want_ids, want_similarities = one.search(vectors[:50], 10)
