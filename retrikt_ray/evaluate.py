@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from retrikt_ray.artifacts import read_manifest
-from retrikt_ray.cluster import plan
+from retrikt_ray.cluster import each, plan
 from retrikt_ray.folders import Folder
 from retrikt_ray.progress import track
 from retrikt_ray.settings import Scaled
@@ -203,16 +203,8 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 2. the other systems; latencies are taken while as many run side by side as there are workers
     names = ["retrikt", "student_kd_store", *(BASELINES if config.baselines else ())]
     parts = [f"store:{f}" for f in config.store_fractions if 0 < f < 1]
-    ask = ray.remote(num_cpus=workers.cpus)(fit_and_ask)
-    pending = {ask.remote(n, inputs, seed, workers.threads, config.latency_texts): n for n in [*parts, *names]}
-    found: dict[str, dict[str, Any]] = {}
-    with track("evaluate: systems", len(pending), "systems") as progress:
-        waiting = list(pending)
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            for reference in ready:
-                found[pending[reference]] = ray.get(reference)
-                progress.advance(1, pending[reference])
+    calls = [(n, inputs, seed, workers.threads, config.latency_texts) for n in [*parts, *names]]
+    found = dict(zip([*parts, *names], each(fit_and_ask, calls, workers, "evaluate: systems"), strict=True))
     answers |= {n: f["answers"] for n, f in found.items()}
     latency = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(teacher_latency)
     teacher_ms = ray.get(latency.remote(inputs["teacher"], texts_of(test), config.latency_texts, workers.threads))

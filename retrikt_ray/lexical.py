@@ -139,9 +139,9 @@ class Lexical:
         queries = counted(texts)
         answers = []
         for i in range(len(texts)):
-            terms = list(zip(queries[i].indices.tolist(), queries[i].data.tolist(), strict=True))
-            terms.sort()  # scores are summed in one order
-            found = self.query(terms, k, allowed)
+            mine = slice(queries.indptr[i], queries.indptr[i + 1])
+            terms = zip(queries.indices[mine].tolist(), queries.data[mine].tolist(), strict=True)
+            found = self.query(sorted(terms), k, allowed)  # scores are summed in one order
             answers.append(merge([f[0][None] for f in found], [f[1][None] for f in found], k))
         return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
 

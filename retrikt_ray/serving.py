@@ -44,7 +44,7 @@ class ServeArgs(Section):
     """What `retrikt serve`, or the `args` of a Serve config, can say."""
 
     run: str = Field(description="Run directory or its URI; on a cluster an absolute path or URI that every node can read.")
-    replicas: int = Field(1, ge=1, description="Replicas, each with its own copy of the student and the index memory-mapped.")
+    replicas: int = Field(1, ge=1, description="Replicas, each with its own student; the index is memory-mapped, or, if IVF of up to 1 GB, held by each.")
     threads: int = Field(1, ge=1, description="CPUs a replica reserves, and its torch and FAISS threads.")
     shard_actors: int = Field(
         0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."
