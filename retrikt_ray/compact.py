@@ -36,16 +36,19 @@ def compact(run: Folder, workers: Workers | None = None) -> State | None:
         # 1. check
         state = read_state(folder)
         student = check(run / "student", deep=True).content
-        if state is None or (not state.edits and state.contents["student"] == student):
+        if state is None:
             return None
         check_origin(run, state)
-        edits.sweep(folder, state)
         where, began = base_of(run, state), time.time()
+        configs = [check(f / "index").config for f in (run, where)]  # the run's own index may have been made anew
+        if not state.edits and state.contents["student"] == student and configs[0] == configs[1]:
+            return None
+        edits.sweep(folder, state)
         seal = check(where / "store", deep=True)
         if seal.content != state.contents["store"]:
             raise ArtifactError(f"{where}/store is not the store that {folder}/{MANIFEST} names")
         base = folder / f"base-{state.version + 1:06d}"
-        config = IndexConfig(**check(where / "index").config)
+        config = IndexConfig(**configs[0])
         more: Any = {"stage": "compact", "fingerprint": f"{state.contents['store'][:16]}+{state.version}", "seed": seal.seed}
 
         # 2. the live rows
@@ -60,7 +63,8 @@ def compact(run: Folder, workers: Workers | None = None) -> State | None:
         indexed = artifacts.seal(base / "index", config=config.fingerprint_view(), inputs=inputs, started=began, **more).content
 
         # 4. at once
-        after = State(state.version + 1, base.uri.rsplit("/", 1)[1], {"student": student, "store": stored, "index": indexed}, state.origin)
+        contents = {"student": student, "store": stored, "index": indexed}
+        after = State(state.version + 1, base.uri.rsplit("/", 1)[1], contents, state.origin, previous=state.base)
         folder.write_sealed(MANIFEST, asdict(after))
         edits.sweep(folder, after)
         return after

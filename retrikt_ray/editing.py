@@ -11,21 +11,25 @@ its text, so that a call that is repeated after a crash does not add a row twice
 from __future__ import annotations
 
 import hashlib
+import json
+from contextlib import suppress
 from dataclasses import asdict
+from numbers import Real
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from retrikt_ray import edits
 from retrikt_ray.artifacts import check
 from retrikt_ray.edits import State, edit_schema, read_edit, read_state, writing
-from retrikt_ray.folders import MANIFEST, Folder
+from retrikt_ray.folders import MANIFEST, ArtifactError, Folder
 from retrikt_ray.index import StudentVectors
 from retrikt_ray.knowledge import Knowledge
 from retrikt_ray.settings import ConfigError
 from retrikt_ray.shards import Source
-from retrikt_ray.taskdata import tidy
+from retrikt_ray.taskdata import is_number, tidy
 
 KEYS = ("id", "text", "text_pair", "label", "teacher_probs")
 
@@ -40,8 +44,8 @@ def checked(rows: list[dict[str, Any]], task: dict[str, Any], old: list[dict[str
         where = f"row {i + 1}"
         if not isinstance(row, dict):
             raise ConfigError(f"{where}: found {row!r}, expected an object with text, and label or teacher_probs or neither")
-        given = {k: v for k, v in row.items() if v is not None and v != ""}  # a CSV file writes what is absent as an empty field
-        unknown = sorted(given.keys() - set(KEYS))
+        given = {k: v for k, v in row.items() if not (v is None or (isinstance(v, str) and v == ""))}  # CSV: what is absent is empty
+        unknown = [k for k in given if k not in KEYS]
         if unknown:
             raise ConfigError(f"{where}: there is no field {unknown[0]!r}; expected {', '.join(KEYS)}")
         if old is not None and not given.keys() - {"id"}:
@@ -52,7 +56,7 @@ def checked(rows: list[dict[str, Any]], task: dict[str, Any], old: list[dict[str
             value = given.get(field, before.get(field))
             if not isinstance(value, str) or not value.strip():
                 raise ConfigError(f"{where}: {field}: found {value!r}, expected a text")
-            texts[field] = tidy(value)
+            texts[field] = tidy(writable(value, f"{where}: {field}"))
         if not task["pair"] and "text_pair" in given:
             raise ConfigError(f"{where}: text_pair is given, but {task['name']} takes single texts")
         probs, label = soft_label(given, task, where)
@@ -61,16 +65,17 @@ def checked(rows: list[dict[str, Any]], task: dict[str, Any], old: list[dict[str
         code = given.get("id")
         if code is not None and (not isinstance(code, str) or not code):
             raise ConfigError(f"{where}: id: found {code!r}, expected a string")
+        writable(code or "", f"{where}: id")
         plain = f"{texts['text']}\x1f{texts['text_pair'] or ''}"
         made = "added-" + hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()
         out.append({"id": code or made, **texts, "asked_label": label, "teacher_probs": probs})
-    ids = [str(r["id"]) for r in out]
-    if len(set(ids)) < len(ids):
-        code = next(c for c in ids if ids.count(c) > 1)
-        places = [i + 1 for i, c in enumerate(ids) if c == code]
-        raise ConfigError(
-            f"rows {places[0]} and {places[1]} have the same id, {code!r}" + ("" if any("id" in r for r in rows) else ": the same text")
-        )
+    places: dict[str, int] = {}
+    for i, row in enumerate(out):
+        code = str(row["id"])
+        if code in places:
+            why = "" if rows[i].get("id") else ": the same text"
+            raise ConfigError(f"rows {places[code] + 1} and {i + 1} have the same id, {code!r}{why}")
+        places[code] = i
     return out
 
 
@@ -80,25 +85,42 @@ def soft_label(given: dict[str, Any], task: dict[str, Any], where: str) -> tuple
     if probs is not None and label is not None:
         raise ConfigError(f"{where}: found label and teacher_probs, expected one of them")
     if probs is not None:
-        if not isinstance(probs, list | tuple | np.ndarray) or len(probs) != max(1, len(labels)):
-            raise ConfigError(f"{where}: teacher_probs: found {probs!r}, expected {max(1, len(labels))} numbers")
-        values = np.asarray(probs, dtype=np.float64)
-        if not np.isfinite(values).all() or (labels and (values.min() < 0 or abs(values.sum() - 1) > 1e-3)):
+        count = max(1, len(labels))
+        if isinstance(probs, str):  # of a CSV file
+            with suppress(ValueError):
+                probs = json.loads(probs)
+        values = probs.tolist() if isinstance(probs, np.ndarray) else probs
+        if (
+            not isinstance(values, list | tuple)
+            or len(values) != count
+            or not all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+        ):
+            raise ConfigError(f"{where}: teacher_probs: found {probs!r}, expected a list of {count} numbers")
+        sure = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(sure).all() or (labels and (sure.min() < 0 or abs(sure.sum() - 1) > 1e-3)):
             raise ConfigError(f"{where}: teacher_probs: found {probs!r}, expected probabilities that sum to 1")
-        return values.tolist(), None
+        return sure.tolist(), None
     if label is None:
         return None, None
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        raise ConfigError(f"{where}: label: found {label!r}, expected {'a text' if labels else 'a number'}")
+    name = str(label).strip()  # as in the task's own files
     if labels:
-        if label not in labels:
+        if name not in labels:
             raise ConfigError(f"{where}: label: found {label!r}; the labels of {task['name']} are {', '.join(labels)}")
-        return np.eye(len(labels))[labels.index(label)].tolist(), label
-    try:
-        value = float(label)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not np.isfinite(value):
+        return np.eye(len(labels))[labels.index(name)].tolist(), name
+    if not is_number(name):
         raise ConfigError(f"{where}: label: found {label!r}, expected a number")
-    return [value], str(label)
+    return [float(name)], name
+
+
+def writable(text: str, where: str) -> str:
+    """The text. Raises ConfigError when UTF-8 cannot hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: found half of a surrogate pair: {text!a}; expected text that can be written as UTF-8") from None
+    return text
 
 
 def labelled(run: Folder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,13 +138,15 @@ def labelled(run: Folder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def commit(knowledge: Knowledge, rows: list[dict[str, Any]], gone: list[int]) -> None:
-    """Log rows and deletions, and open the result. Under `writing`, after `refresh`."""
+    """Log rows and deletions, and open the result. Under `writing`, after `refresh`.
+
+    1. The edit, in memory.  2. Write it.
+    """
     run, folder = knowledge.run, knowledge.folder
-    state = knowledge.state
-    if state is None:
-        state = State(0, None, knowledge.contents, knowledge.contents["store"])
-        folder.write_sealed(MANIFEST, asdict(state))  # from now on a folder without manifest is a damaged one
-    edits.sweep(folder, state)
+    # 1. the edit
+    if check(run / "student", deep=True).content != knowledge.student:
+        raise ArtifactError(f"{run}/student was made anew since this process opened it: start the process again")
+    state = knowledge.state or State(0, None, knowledge.contents, knowledge.contents["store"])
     with (knowledge.where / "store").parquet(Source.of(knowledge.where / "store").groups[0][0]) as file:
         schema = edit_schema(file.schema_arrow, knowledge.card["width"])
     labels = labelled(run, rows)
@@ -135,6 +159,10 @@ def commit(knowledge: Knowledge, rows: list[dict[str, Any]], gone: list[int]) ->
         for i, (row, v) in enumerate(zip(labels, vectors.of(texts), strict=True))
     ]
     table = pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in log], schema=schema)
+    # 2. write
+    if knowledge.state is None:
+        folder.write_sealed(MANIFEST, asdict(state))  # from now on a folder without manifest is a damaged one
+    edits.sweep(folder, state)
     edits.commit(folder, state, table)
     knowledge.refresh(at_once=True)
 
@@ -193,16 +221,25 @@ def delete(knowledge: Knowledge, ids: list[str]) -> None:
 
 
 def added_rows(run: Folder) -> list[dict[str, Any]]:
-    """The rows that were added and not deleted, in the form that `add` takes; also where the rest of the run was made anew since."""
+    """The rows that edits brought and did not delete, in the form that `add` takes; also where the rest of the run was made anew since.
+
+    A row that an update changed leaves its id behind where the run's store has it, too.
+    """
     state = read_state(run / "knowledge")
     if state is None:
         return []
-    tables = [(run / "knowledge" / state.base / "store").read_tables()] if state.base else []
-    rows = {i: r for t in tables for i, r in enumerate(t.to_pylist()) if r["source"] == "added"}
+    keys = ["id", "text", "text_pair", "teacher_probs"]
+    rows: dict[int, dict[str, Any]] = {}
+    if state.base:
+        base = (run / "knowledge" / state.base / "store").read_tables(columns=[*keys, "source"])
+        positions = pc.indices_nonzero(pc.equal(base["source"], "added"))
+        rows = dict(zip(positions.to_pylist(), base.select(keys).take(positions).to_pylist(), strict=True))
     for edit in state.edits:
-        for row in read_edit(run / "knowledge", edit).to_pylist():
-            if row["deleted"]:
+        for row in read_edit(run / "knowledge", edit).select(["deleted", "position", *keys]).to_pylist():
+            if row.pop("deleted"):
                 rows.pop(row["position"], None)
             else:
-                rows[row["position"]] = row
-    return [{k: r[k] for k in ("id", "text", "text_pair", "teacher_probs") if r[k] is not None} for _, r in sorted(rows.items())]
+                rows[row.pop("position")] = row
+    taken = set((run / "store").read_tables(columns=["id"])["id"].to_pylist()) if (run / "store").exists() else set()
+    found = [{k: row[k] for k in keys if row[k] is not None} for _, row in sorted(rows.items())]
+    return [{k: v for k, v in row.items() if k != "id" or v not in taken} for row in found]

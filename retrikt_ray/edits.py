@@ -37,6 +37,7 @@ class State:
     contents: dict[str, str]  # digests of the student, store and index that the log belongs to
     origin: str  # digest of the run's own store/, which was there first
     edits: list[dict[str, Any]] = field(default_factory=list)  # {file, sha256, bytes, added, deleted}
+    previous: str | None = None  # the base before: kept for readers that have it mapped, on a shared disk for one
 
     @property
     def added(self) -> int:
@@ -54,7 +55,7 @@ def edit_schema(store: pa.Schema, width: int) -> pa.Schema:
 
 
 def read_state(folder: Folder) -> State | None:
-    """The state of `knowledge/`, or None where nothing was ever edited. Raises ArtifactError that names the file that is damaged."""
+    """The state of `knowledge/`, or None where nothing is edited. Raises ArtifactError that names the file that is damaged."""
     if not folder.exists(MANIFEST):
         left = folder.files()
         if left:
@@ -62,9 +63,10 @@ def read_state(folder: Folder) -> State | None:
         return None
     data = folder.read_sealed(MANIFEST)
     try:
-        return State(**data)
+        state = State(**data)
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
+    return state if state.base or state.edits else None  # a first edit that did not come to its end
 
 
 def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
@@ -101,7 +103,7 @@ def sweep(folder: Folder, state: State) -> None:
         for path in Path(folder.uri).glob("*.tmp-*"):
             path.unlink()
     for name in {n.split("/")[0] for n in folder.files() if n not in keep}:
-        if name != state.base:
+        if name not in (state.base, state.previous):
             folder.remove(name)
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import posixpath
+import shutil
 import tempfile
 import time
 import uuid
@@ -65,7 +66,8 @@ class Folder:
         return "://" not in self.uri
 
     def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
-        return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri)
+        # Without a cache of listings: another process may have written what was not there a moment ago.
+        return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(posixpath.join(self.uri, name))
@@ -86,7 +88,6 @@ class Folder:
         fs, path = self._fs()
         if not fs.exists(path):
             return []
-        fs.invalidate_cache()
         root = path.rstrip("/") + "/"
         return sorted(name for name in (f[len(root) :] for f in fs.find(path)) if ".tmp-" not in name)
 
@@ -148,7 +149,9 @@ class Folder:
             return found.hexdigest()
 
     def read_json(self, name: str) -> Any:
-        data = self.read_bytes(name)
+        return self._json(name, self.read_bytes(name))
+
+    def _json(self, name: str, data: bytes) -> Any:
         try:
             return json.loads(data)
         except ValueError as error:
@@ -163,11 +166,12 @@ class Folder:
 
     def read_sealed(self, name: str) -> dict[str, Any]:
         """What `write_sealed` wrote. Raises ArtifactError where a single byte is not as it was written."""
-        value = self.read_json(name)
+        data = self.read_bytes(name)
+        value = self._json(name, data)
         if not isinstance(value, dict) or "checksum" not in value:
             raise ArtifactError(f"{self.uri}/{name} has no checksum: cut, or written by another version")
         body = {k: v for k, v in value.items() if k != "checksum"}
-        if value["checksum"] != digest(body) or as_json(value) != self.read_bytes(name):
+        if value["checksum"] != digest(body) or as_json(value) != data:
             raise ArtifactError(f"{self.uri}/{name} was altered: it does not fit its own checksum")
         return body
 
@@ -206,23 +210,46 @@ class Folder:
             fs.rm(path, recursive=True)
 
     def local(self) -> Path:
-        """A local directory with these files: itself on a disk, else a copy in a cache that is keyed by the manifest."""
+        """A local directory with these files: itself on a disk, else a copy in a cache that is keyed by the manifest and compared with it.
+
+        Raises ArtifactError when a file is not what the manifest says, or the cache is not this user's own.
+        """
         if self.is_local:
             return Path(self.uri)
-        key = digest([self.uri, self.read_bytes(MANIFEST).decode() if self.exists(MANIFEST) else time.time()])[:20]
-        target = Path(tempfile.gettempdir()) / f"retrikt-{os.getuid()}" / key
-        if not target.exists():
+        sealed = self.read_sealed(MANIFEST) if self.exists(MANIFEST) else None
+        key = digest([self.uri, sealed or time.time()])[:20]
+        cache = Path(tempfile.gettempdir()) / f"retrikt-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+        if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022:
+            raise ArtifactError(f"{cache} can be written by others: it holds copies of {self.uri}; remove it or set TMPDIR")
+        target = cache / key
+        if not (target.exists() and sealed and self._differs(target, sealed) is None):
+            shutil.rmtree(target, ignore_errors=True)
             aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
             for name in self.files():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 fs, path = self._fs(name)
                 fs.get_file(path, str(aside / name))
+            differs = self._differs(aside, sealed) if sealed else None
+            if differs:
+                shutil.rmtree(aside)
+                raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
             try:
                 aside.rename(target)
             except OSError:  # another process of this machine was first; its copy is the same
+                shutil.rmtree(aside)
                 if not target.exists():
                     raise
         return target
+
+    @staticmethod
+    def _differs(copy: Path, sealed: dict[str, Any]) -> str | None:
+        """The first file of a manifest that a copy does not hold as it should be."""
+        there = Folder(str(copy))
+        for name, want in sealed["files"].items():
+            if not there.exists(name) or there.size(name) != want["bytes"] or there.sha256(name) != want["sha256"]:
+                return str(name)
+        return None
 
     def upload(self, source: Path) -> None:
         """Copy every file below a local directory into this folder, each one whole or not at all."""

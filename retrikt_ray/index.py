@@ -16,7 +16,7 @@ from retrikt_ray.folders import Folder
 from retrikt_ray.settings import Scaled
 from retrikt_ray.shards import Source, build
 
-VERSION = 2
+VERSION = 3
 RECALL_QUERIES = 200  # validation rows that recall is measured with at most
 
 
@@ -32,7 +32,7 @@ class IndexConfig(Scaled):
     nprobe: int = Field(
         0,
         ge=0,
-        description="Lists that an IVF search visits (candidates of an HNSW search). 0: as many as still add a point of measured recall.",
+        description="Lists that an IVF search visits (candidates of an HNSW search). 0: the fewest within a point of the best measured recall.",
     )
 
 
@@ -111,7 +111,7 @@ def fit_on_validation(inputs: dict[str, Folder], folder: Folder, answers: np.nda
     labels = matrix(inputs["store"].read_tables(columns=["teacher_probs"])["teacher_probs"])
     votes = []
     for positions, similarities in (
-        Searcher.unsealed(folder).search(queries, MOST),
+        Searcher.unsealed(folder, join=False).search(queries, MOST),
         Lexical.unsealed(folder).search([(r["text"], r["text_pair"]) for r in rows], MOST),
     ):
         votes.append(Votes(similarities, labels[positions]))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from retrikt_ray.classifier import Text
 
 COLUMNS = ["id", "text", "text_pair", "source", "asked_label", "teacher_probs"]  # of the store, kept in memory
+TRIES = 5  # to read a state that others go on changing
 REMOTE_LOOK_S = 2.0  # between two looks at the manifest of a run that is not on a local disk
 
 
@@ -85,10 +86,11 @@ class Knowledge:
         self.student = check(run / "student", deep=True).content
         self.seen: Any = None
         self.state: State | None = None
+        self.searcher: Search | None = None
         self.looked = 0.0
-        self.load_base(self.read_state())
-        self.apply_edits()
-        self.whole = True  # all of the state that was seen is taken over
+        self.based = False  # store and index are open, and known to belong together
+        self.whole = False  # all of the state that was seen is taken over
+        self.follow()
 
     # opening
 
@@ -101,13 +103,14 @@ class Knowledge:
         if not self.edited or not self.folder.exists(MANIFEST):
             return None
         fs, path = self.folder._fs(MANIFEST)
-        fs.invalidate_cache()
         info = fs.info(path)
         return [info.get(k) for k in ("mtime", "ino", "size", "ETag", "LastModified")]
 
     def load_base(self, state: State | None) -> None:
         """Open the store and the index that the state names."""
-        self.based = False  # until store and index are known to belong together
+        self.based = False
+        if check(self.run / "student").content != self.student:
+            raise ArtifactError(f"{self.run}/student was made anew since this process opened it: start the process again")
         where = base_of(self.run, state)
         if state:
             check_origin(self.run, state)
@@ -125,11 +128,13 @@ class Knowledge:
         for name in ("student", "store"):
             if seals["index"].inputs.get(name) != contents[name]:
                 raise ArtifactError(
-                    f"{where}/index was built from another {name}, says its {MANIFEST}, than {(self.run if name == 'student' else where)}/{name}; "
-                    f"run `retrikt index {self.run}`"
+                    f"{where}/index/{MANIFEST} says that the index was built from another {name} than "
+                    f"{(self.run if name == 'student' else where)}/{name}; run `retrikt index {self.run}`"
                 )
         for name in seals:
             check(where / name, deep=True)
+        if self.searcher is not None:
+            self.searcher.close()  # first: actors of the new base may need the place of the old ones
         self.searcher = self.opener(where / "index", self.threads)
         self.base_words = Lexical.unsealed(where / "index")
         self.card = (where / "index").read_json("index.json")
@@ -157,6 +162,7 @@ class Knowledge:
                 self.rows = pa.concat_tables([self.base, new.select(COLUMNS)])
                 self.delta = Searcher.over(matrix(new["vector"]), self.base.num_rows, self.threads)
         self.labels = matrix(self.rows["teacher_probs"])  # (N, C)
+        self.ids = self.rows["id"].cast(pa.large_string()).combine_chunks()  # one piece: rows are taken from a chunked one slowly
         self.masks: dict[tuple[str | None, str | None], np.ndarray | None] = {}
 
     def refresh(self, at_once: bool = False) -> bool:
@@ -172,7 +178,12 @@ class Knowledge:
         if self.whole and self.signature() == self.seen:
             return False
         self.whole = False  # where this fails, the next search must not be answered from half of it, but try again
-        for attempt in range(3):
+        self.follow()
+        return True
+
+    def follow(self) -> None:
+        """Take over the state that `knowledge/` has now."""
+        for attempt in range(TRIES):
             try:
                 state = self.read_state()
                 base, old = ((s.base if s else None) for s in (state, self.state))
@@ -181,11 +192,10 @@ class Knowledge:
                 self.state = state
                 self.apply_edits()
                 self.whole = True
-                return True
+                return
             except (ArtifactError, FileNotFoundError):  # a file of a state that was replaced while we read it
-                if attempt == 2 or self.signature() == self.seen:
+                if attempt == TRIES - 1 or self.signature() == self.seen:
                     raise
-        raise AssertionError
 
     # reading
 
@@ -196,9 +206,9 @@ class Knowledge:
 
     def find(self, ids: list[str]) -> dict[str, int]:
         """Positions of the live rows that have these ids."""
-        there = pc.is_in(self.rows["id"], value_set=pa.array(ids, pa.string())).to_numpy(zero_copy_only=False)
+        there = pc.is_in(self.ids, value_set=pa.array(ids, pa.large_string())).to_numpy(zero_copy_only=False)
         positions = np.flatnonzero(there & self.alive)
-        return dict(zip(self.rows["id"].take(pa.array(positions)).to_pylist(), positions.tolist(), strict=True))
+        return dict(zip(self.ids.take(pa.array(positions)).to_pylist(), positions.tolist(), strict=True))
 
     def row(self, position: int) -> dict[str, Any]:
         """One row: id, text, text_pair, source, asked_label, teacher_probs."""
@@ -226,6 +236,7 @@ class Knowledge:
         """The k nearest rows of each query vector, (Q, width) unit float32. label: only rows that the teacher gives this label."""
         allowed = self.allowed(label, source)
         base = self.base.num_rows
+        assert self.searcher is not None
         positions, similarities = self.searcher.search(vectors, k, None if allowed is None else allowed[:base])
         if self.delta is not None:
             more = self.delta.search(vectors, k, allowed)
@@ -237,7 +248,7 @@ class Knowledge:
         return self.hits(*self.words.search(texts, k, self.allowed(label, source)))
 
     def hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
-        ids = self.rows["id"].take(pa.array(np.maximum(positions, 0).ravel())).to_pylist()
+        ids = self.ids.take(pa.array(np.maximum(positions, 0).ravel())).to_pylist()
         width = positions.shape[1]
         found = [[ids[i * width + j] for j in range(width) if row[j] >= 0] for i, row in enumerate(positions)]
         return Hits(positions, scores, found, self.labels[positions])

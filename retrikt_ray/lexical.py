@@ -113,17 +113,16 @@ class Lexical:
     @staticmethod
     def open(folder: Folder) -> Lexical:
         """Verify and open. Raises ArtifactError that names the file that is missing, cut or altered."""
-        names = [s["words"] for s in folder.read_json("index.json")["shards"]]
-        artifacts.check(folder, deep=True, only=["index.json", *names])
+        artifacts.check(folder, deep=True, only=["index.json"])
+        artifacts.check(folder, deep=True, only=folder.read_json("index.json").get("words", []))
         return Lexical.unsealed(folder)
 
     @staticmethod
     def unsealed(folder: Folder) -> Lexical:
         """Open postings that this process has just verified, or its own job has just written."""
-        names = [s["words"] for s in folder.read_json("index.json")["shards"]]
         local = folder.local()
         try:
-            return Lexical([Postings.read(str(local / n)) for n in names])
+            return Lexical([Postings.read(str(local / n)) for n in folder.read_json("index.json")["words"]])
         except (pa.ArrowInvalid, KeyError) as error:
             raise ArtifactError(f"{folder} has postings that are not of this version ({error})") from None
 

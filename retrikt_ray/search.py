@@ -16,12 +16,10 @@ import faiss
 import numpy as np
 
 from retrikt_ray import artifacts
-from retrikt_ray.cluster import capacity
 from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.settings import ConfigError
 
-READY_S = 120  # for actors to start and open their shards
 JOINED_BYTES = 1e9  # of an IVF index: up to here a process joins its shards in memory, for inverted lists in N pieces take longer to scan
+EVERYWHERE = 2**31 - 1  # as many probes as there are lists
 SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
 
 
@@ -33,6 +31,10 @@ class Search(Protocol):
 
         queries: (Q, width) unit float32. allowed: (rows,) bool, the rows that may be found; None: all.
         """
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
         ...
 
 
@@ -63,8 +65,18 @@ def with_probes(index: Any, nprobe: int, selector: Any) -> Any:
     if isinstance(index, faiss.IndexIVF):
         return faiss.SearchParametersIVF(nprobe=min(nprobe, index.nlist), sel=selector)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=max(64, nprobe), sel=selector)
+        return faiss.SearchParametersHNSW(efSearch=max(64, min(nprobe, index.ntotal)), sel=selector)
     return faiss.SearchParameters(sel=selector) if selector is not None else None
+
+
+def complete(once: Any, rows: int, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The answers of once(queries, k, allowed, everywhere); queries whose lists held too few of the rows they may find are asked everywhere."""
+    ids, similarities = once(queries, k, allowed, False)
+    there = min(k, rows if allowed is None else int(np.count_nonzero(allowed)))
+    short = np.flatnonzero(ids[:, there - 1] < 0) if there else np.zeros(0, np.int64)
+    if len(short):
+        ids[short], similarities[short] = once(queries[short], k, allowed, True)
+    return ids, similarities
 
 
 class Lists:
@@ -95,16 +107,22 @@ class Shard:
         if isinstance(index, faiss.IndexFlat) and index.ntotal:
             self.vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
 
-    @property
-    def high(self) -> int:
-        return self.low + int(self.index.ntotal)
+    def takes(self, other: Shard) -> bool:
+        """Whether `other` can be joined: the rows that follow, in plain lists (fast-scan ones do not survive it)."""
+        plain = all(
+            x.ivf is not None and isinstance(faiss.downcast_InvertedLists(x.ivf.invlists), faiss.ArrayInvertedLists) for x in (self, other)
+        )
+        return plain and self.low + int(self.index.ntotal) == other.low
 
-    def join(self, index: Any) -> None:
-        """Take over the rows that follow, out of an index with the same trained part."""
-        self.index.merge_from(index, self.index.ntotal)
+    def join(self, other: Shard) -> None:
+        """Take over the rows of `other`, whose trained part is the same."""
+        self.index.merge_from(other.index, self.index.ntotal)
 
     def ask(self, queries: np.ndarray, k: int, nprobe: int, selector: Any, visit: Any) -> tuple[np.ndarray, np.ndarray]:
         """FAISS's own k best: similarities and numbers in the file."""
+        if isinstance(self.index, faiss.IndexHNSW) and nprobe == EVERYWHERE:  # not all rows can be reached in a graph
+            storage = faiss.downcast_index(self.index.storage)
+            return storage.search(queries, k, params=with_probes(storage, 1, selector))
         if self.ivf is None:
             return self.index.search(queries, k, params=with_probes(self.index, nprobe, selector))
         rotated, similarities, chosen = visit
@@ -180,25 +198,29 @@ class Searcher:
         return Searcher.unsealed(folder, threads, only)
 
     @staticmethod
-    def unsealed(folder: Folder, threads: int = 1, only: list[str] | None = None) -> Searcher:
-        """Open shards that this process has just verified, or its own job has just written."""
+    def unsealed(folder: Folder, threads: int = 1, only: list[str] | None = None, join: bool = True) -> Searcher:
+        """Open shards that this process has just verified, or its own job has just written. join=False: mapped, whatever the kind."""
         card = folder.read_json("index.json")
         local = folder.local()
         cards = [s for s in card["shards"] if only is None or s["file"] in only]
-        joined = "IVF" in card["factory"] and sum(s["bytes"] for s in cards) <= JOINED_BYTES
+        join = join and "IVF" in card["factory"] and sum(s["bytes"] for s in cards) <= JOINED_BYTES
         mapped = faiss.IO_FLAG_MMAP_IFC | faiss.IO_FLAG_READ_ONLY
         shards: list[Shard] = []
         for shard in cards:
-            index = faiss.read_index(str(local / shard["file"]), 0 if joined else mapped)
+            try:
+                index = faiss.read_index(str(local / shard["file"]), 0 if join else mapped)
+            except RuntimeError as error:
+                raise ArtifactError(f"{folder}/{shard['file']} cannot be read by FAISS ({error})") from None
             if index.d != card["width"] or index.ntotal != shard["high"] - shard["low"]:
                 raise ArtifactError(
                     f"{folder}/{shard['file']} holds {index.ntotal} vectors of {index.d} dimensions; "
                     f"index.json says {shard['high'] - shard['low']} of {card['width']}"
                 )
-            if joined and shards and shards[-1].high == shard["low"]:
-                shards[-1].join(index)
+            opened = Shard(index, shard["low"], shard["norm"])
+            if join and shards and shards[-1].takes(opened):
+                shards[-1].join(opened)
             else:
-                shards.append(Shard(index, shard["low"], shard["norm"]))
+                shards.append(opened)
         return Searcher(shards, card["width"], card["nprobe"], threads)
 
     @staticmethod
@@ -216,69 +238,23 @@ class Searcher:
             raise ValueError(f"k is {k}; expected 1 or more")
         faiss.omp_set_num_threads(self.threads)  # of the calling thread
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        visit = self.lists and self.lists(queries)
-        answers = [s.search(queries, k, self.nprobe, allowed, visit) for s in self.shards]
+        return complete(self.once, sum(s.index.ntotal for s in self.shards), queries, k, allowed)
+
+    def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, but from the lists that are probed, or all of them."""
+        lists, nprobe = self.lists, self.nprobe
+        if everywhere:
+            lists, nprobe = lists and Lists(self.shards[0].index, EVERYWHERE), EVERYWHERE
+        visit = lists and lists(queries)
+        answers = [s.search(queries, k, nprobe, allowed, visit) for s in self.shards]
         if not answers:
             answers = [(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))]
         return merge([a[1] for a in answers], [a[0] for a in answers], k)
+
+    def close(self) -> None:
+        """Nothing to do: files are unmapped with their last reader."""
 
 
 def longest(vectors: np.ndarray) -> float:
     """Length of the longest vector."""
     return float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max())) if len(vectors) else 0.0
-
-
-class ShardActor:
-    """A Ray actor that holds some shards of an index."""
-
-    def __init__(self, folder: Folder, files: list[str], threads: int) -> None:
-        self.searcher = Searcher.open(folder, threads, only=files)
-
-    def rows(self) -> int:
-        return sum(s.index.ntotal for s in self.searcher.shards)
-
-    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        return self.searcher.search(queries, k, allowed)
-
-
-class ActorSearcher:
-    """The shards of an index spread over Ray actors, asked together; the same answers as `Searcher`.
-
-    An actor that dies is started again by Ray, opens its shards anew, and answers the search that was lost.
-    """
-
-    def __init__(self, folder: Folder, actors: int, threads: int = 1) -> None:
-        import ray
-
-        card = folder.read_json("index.json")
-        actors = min(actors, len(card["shards"]))
-        files = [part.tolist() for part in np.array_split([s["file"] for s in card["shards"]], actors)]  # neighbours together
-        have = capacity()["CPU"]
-        if actors * threads > have:  # Ray would wait for ever
-            raise ConfigError(f"{actors} actors of {threads} CPUs ask for {actors * threads}; the cluster has, or can grow to, {have:g}")
-        start: Any = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(ShardActor)
-        self.width = card["width"]
-        self.actors = [start.remote(folder, files[i], threads) for i in range(actors)]
-        ready, waiting = ray.wait([a.rows.remote() for a in self.actors], num_returns=actors, timeout=READY_S)
-        if waiting:
-            raise ConfigError(
-                f"{len(waiting)} of {actors} actors of {threads} CPUs have not started for {READY_S} s: the cluster is busy or small"
-            )
-        ray.get(ready)  # raises what an actor found wrong with its shards
-
-    def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """As `Search.search`."""
-        import ray
-
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
-        shared, mask = ray.put(queries), None if allowed is None else ray.put(allowed)
-        answers = ray.get([a.search.remote(shared, k, mask) for a in self.actors])
-        return merge([a[0] for a in answers], [a[1] for a in answers], k)
-
-    def close(self) -> None:
-        """End the actors."""
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)

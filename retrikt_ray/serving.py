@@ -25,11 +25,11 @@ from pydantic import Field, ValidationError
 from ray import serve
 from starlette.responses import JSONResponse
 
+from retrikt_ray.actors import ActorSearcher
 from retrikt_ray.api import Refusal, RetrieveBody, build_api, read_texts
 from retrikt_ray.folders import Folder
 from retrikt_ray.knowledge import Hits
 from retrikt_ray.predictor import Prediction, Predictor, Votes, cast
-from retrikt_ray.search import ActorSearcher
 from retrikt_ray.settings import ConfigError, Section, explain
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class ServeArgs(Section):
     """What `retrikt serve`, or the `args` of a Serve config, can say."""
 
     run: str = Field(description="Run directory or its URI; on a cluster an absolute path or URI that every node can read.")
-    replicas: int = Field(1, ge=1, description="Replicas, each with its own student; the index is memory-mapped, or, if IVF of up to 1 GB, held by each.")
+    replicas: int = Field(
+        1, ge=1, description="Replicas, each with its own student; the index is memory-mapped, or, if IVF of up to 1 GB, held by each."
+    )
     threads: int = Field(1, ge=1, description="CPUs a replica reserves, and its torch and FAISS threads.")
     shard_actors: int = Field(
         0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."

@@ -25,6 +25,7 @@ from retrikt_ray.settings import ConfigError
 TRAIN_ROWS = 160_000  # that a quantizer is trained on: 39 for each of 4,096 centroids, FAISS's least; bounds the memory of training
 SHARD_ROWS = 500_000
 SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
+WORDS_ROWS = 100_000  # of a file of postings, which a task sorts in memory: some 300 MB for texts of 60 words
 RECALL_AT = 10
 ENOUGH = 0.01  # recall that twice the probes must add to be worth it
 PROBES = (8, 16, 32, 64, 128, 256)
@@ -154,13 +155,13 @@ def fill(
     return card, *best
 
 
-def count_words(source: Source, low: int, high: int, folder: Folder, name: str) -> dict[str, Any]:
-    """Write the postings of the rows low .. high - 1 (a Ray task)."""
+def count_words(source: Source, low: int, high: int, folder: Folder, name: str) -> str:
+    """Write the postings of the rows low .. high - 1 as one file, whose name is returned (a Ray task)."""
     batches = (
         list(zip(t["text"].to_pylist(), t["text_pair"].to_pylist(), strict=True)) for _, t in source.read(low, high, ("text", "text_pair"))
     )
     Postings.of(batches, low).write(folder, name)
-    return {"words": name}
+    return name
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
@@ -219,26 +220,25 @@ def build(
     cards = [card for card, _, _ in filled]
 
     # 4. words
-    if words:
-        named = [(source, low, high, out, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(ranges)]
-        cards = [a | b for a, b in zip(cards, each(count_words, named, workers, "index: words"), strict=True)]
+    named = [(source, low, high, out, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(edges(rows, -(-rows // WORDS_ROWS)))]
+    files = {"shards": cards, "words": each(count_words, named, workers, "index: words") if words else []}
 
     # 5. recall
     card = {"factory": factory, "why": why, "width": vectors.width, "rows": rows, "metric": "cosine", "nprobe": nprobe or PROBES[0]}
     measured = None
     if len(queries):
         truth, _ = merge([f[1] for f in filled], [f[2] for f in filled], RECALL_AT)
-        out.write_json("index.json", card | {"shards": cards})
+        out.write_json("index.json", card | files)
         tries = (nprobe,) if nprobe else PROBES
         values = each(measure, [(out, queries, tries, truth)], workers, "index: recall")[0]
         card["nprobe"], value = next((n, v) for n, v in zip(tries, values, strict=True) if v >= max(values) - ENOUGH)
         measured = {"at": RECALL_AT, "value": round(value, 4), "queries": len(queries)}
     card["recall"] = measured
-    out.write_json("index.json", card | {"shards": cards})
-    return card | {"shards": cards}
+    out.write_json("index.json", card | files)
+    return card | files
 
 
 def measure(folder: Folder, queries: np.ndarray, tries: tuple[int, ...], truth: np.ndarray) -> list[float]:
     """Recall of the built shards for each number of probes (a Ray task). The folder is not sealed yet: its files are ours of a moment ago."""
-    searcher = Searcher.unsealed(folder)
+    searcher = Searcher.unsealed(folder, join=False)
     return [recall(replace(searcher, nprobe=n).search(queries, RECALL_AT)[0], truth) for n in tries]

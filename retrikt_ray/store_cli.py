@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,6 +40,17 @@ def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
     return [given] if file is None else read_rows(file)
 
 
+@contextmanager
+def naming(file: str | None) -> Iterator[None]:
+    """Errors about a row say which file it is in."""
+    from retrikt_ray.settings import ConfigError
+
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}, {error}") if file and str(error).startswith("row") else error from None
+
+
 def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
     from retrikt_ray.progress import console
 
@@ -61,7 +74,8 @@ def add(run: str, file: str | None, text: str | None, text_pair: str | None, lab
 
     rows = rows_of(file, {"text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
-    told("added", editing.add(knowledge, rows), knowledge)
+    with naming(file):
+        told("added", editing.add(knowledge, rows), knowledge)
 
 
 @store.command()
@@ -77,19 +91,28 @@ def update(run: str, file: str | None, code: str | None, text: str | None, text_
 
     rows = rows_of(file, {"id": code, "text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
-    told("updated", editing.update(knowledge, rows), knowledge)
+    with naming(file):
+        told("updated", editing.update(knowledge, rows), knowledge)
 
 
 @store.command()
 @click.argument("run", metavar="RUN")
 @click.argument("ids", metavar="ID...", nargs=-1)
-@click.option("--file", help="A file with the ids, one a line.")
+@click.option("--file", help="A .txt file with the ids, one a line, or a table with a column id.")
 def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
     """Delete rows by id."""
     from retrikt_ray import editing
+    from retrikt_ray.settings import ConfigError
     from retrikt_ray.taskdata import read_rows
 
-    wanted = list(ids) + ([str(r["id"] if "id" in r else r["text"]).strip() for r in read_rows(file)] if file else [])
+    wanted = list(ids)
+    for row in read_rows(file) if file else []:
+        code = row.get("id", row.get("text") if str(file).endswith(".txt") else None)
+        if code is None:
+            raise ConfigError(
+                f"{file}: found no column id (the columns are {', '.join(row)}); expected ids, one a line of a .txt, or a column id"
+            )
+        wanted.append(str(code).strip())
     knowledge = opened(run)
     editing.delete(knowledge, wanted)
     told("deleted", list(dict.fromkeys(wanted)), knowledge)

@@ -52,7 +52,7 @@ def read_rows(uri: str) -> list[dict[str, Any]]:
     if name.endswith(".txt"):
         return [{"text": line} for line in text.splitlines() if line.strip()]
     if name.endswith((".csv", ".tsv")):
-        return list(csv.DictReader(io.StringIO(text), delimiter="\t" if name.endswith(".tsv") else ","))
+        return read_csv(text, uri, "\t" if name.endswith(".tsv") else ",")
     if not name.endswith((".jsonl", ".json")):
         raise DataError(f"{uri}: cannot read this kind of file; known are {', '.join(SUFFIXES)} and .txt")
     rows = []
@@ -66,6 +66,23 @@ def read_rows(uri: str) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise DataError(f"{uri}, line {number}: found {type(row).__name__}, expected a JSON object")
         rows.append(row)
+    return rows
+
+
+def read_csv(text: str, uri: str, delimiter: str) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a header. Raises DataError that names the line that has too many fields, or that csv cannot read."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                names = ", ".join(reader.fieldnames or ())
+                raise DataError(
+                    f"{uri}, line {reader.line_num}: found more fields than the header has ({names}); quote fields that hold {delimiter!r}"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise DataError(f"{uri}, line {reader.line_num + 1}: not CSV ({error})") from None
     return rows
 
 

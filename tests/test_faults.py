@@ -134,6 +134,10 @@ def make_edited(root: Path, seed: int) -> Folder:
 def damage(rng: random.Random, root: Path, folder: str, other: Path) -> tuple[str, list[str]]:
     """Damage one or two files below root/folder; what was done, and the names of which one must be told."""
     files = sorted(p for p in (root / folder).rglob("*") if p.is_file())
+
+    def named(path: Path) -> str:
+        return path.relative_to(root).as_posix()
+
     while True:
         victim = rng.choice(files)
         data = victim.read_bytes()
@@ -159,13 +163,13 @@ def damage(rng: random.Random, root: Path, folder: str, other: Path) -> tuple[st
             if changed != data:
                 second.write_bytes(data)
                 victim.write_bytes(changed)
-                return kind, [victim.name, second.name]
+                return kind, [named(victim), named(second)]
         if kind == "remove":
             victim.unlink()
-            return kind, [victim.name]
+            return kind, [named(victim)]
         if changed != data:
             victim.write_bytes(changed)
-            return kind, [victim.name]
+            return kind, [named(victim)]
 
 
 def damage_again_and_again(root: Path, rounds: int) -> dict[str, int]:
@@ -185,7 +189,8 @@ def damage_again_and_again(root: Path, rounds: int) -> dict[str, int]:
         try:
             Predictor.open(str(copy)).predict([("a fine film", None)])
         except ArtifactError as error:
-            assert any(n in str(error) for n in names), f"round {n}: {kind} of {names}, told: {error}"
+            told = str(error).replace(" is not complete: it has no ", "/")
+            assert any(n in told for n in names), f"round {n}: {kind} of {names}, told: {error}"
             counts[kind] = counts.get(kind, 0) + 1
         else:
             raise AssertionError(f"round {n}: {kind} of {names} was not seen")

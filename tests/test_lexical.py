@@ -119,8 +119,8 @@ def test_postings_on_disk(tmp_path: Path) -> None:
             f"part-{i:05d}.parquet", pa.table({"text": [t for t, _ in texts[low:high]], "text_pair": pa.nulls(high - low, pa.string())})
         )
     ranges = edges(50, 4)
-    cards = [count_words(Source.of(store), low, high, index, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(ranges)]
-    index.write_json("index.json", {"shards": cards})
+    names = [count_words(Source.of(store), low, high, index, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(ranges)]
+    index.write_json("index.json", {"words": names})
     artifacts.seal(index, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
     opened = Lexical.open(index)
     for got, want in zip(opened.search(queries, 9), cut(texts, 1).search(queries, 9), strict=True):

@@ -15,8 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray import artifacts, search
+from retrikt_ray.actors import ActorSearcher
 from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.search import ActorSearcher, Searcher, merge
+from retrikt_ray.search import Searcher, merge
 from retrikt_ray.settings import ConfigError
 from retrikt_ray.shards import Column, Source, build
 
@@ -186,6 +187,26 @@ def test_every_kind_is_built_searched_and_filtered(tmp_path: Path, monkeypatch: 
     assert (filtered >= 0).all() and (filtered % 2 == 0).all()
 
 
+def test_lists_of_another_layout_are_not_joined(tmp_path: Path) -> None:
+    """FAISS corrupts its memory when it merges the lists of a fast-scan index."""
+    vectors = np.random.default_rng(0).normal(size=(2000, 8)).astype(np.float32)
+    searcher = Searcher.open(make_index(tmp_path, vectors, 3, "IVF16,PQ4x4fs", group=500))
+    assert len(searcher.shards) == 3
+    assert (searcher.search(vectors[:40], 10)[0][:, 0] >= 0).all()
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "HNSW8,Flat"])
+def test_what_is_rare_is_found_in_lists_that_are_not_probed(tmp_path: Path, factory: str) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(3000, 8)).astype(np.float32)
+    rare = np.zeros(3000, bool)
+    rare[rng.choice(3000, 15, replace=False)] = True
+    truth = np.flatnonzero(rare)[np.argsort(-(vectors[:20] @ vectors[rare].T), axis=1)[:, :10]]
+    for shards in (1, 3):
+        found = Searcher.open(make_index(tmp_path, vectors, shards, factory, nprobe=2, group=500)).search(vectors[:20], 10, rare)[0]
+        np.testing.assert_array_equal(found, truth)
+
+
 def test_nprobe_is_heeded(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(400, 6)).astype(np.float32)
@@ -217,7 +238,7 @@ def test_actors_answer_as_this_process(tmp_path: Path) -> None:
         there.close()
         shard = tmp_path / "index-5" / "shard-0003.faiss"
         shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(ray.exceptions.RayActorError, match=r"shard-0003\.faiss.*truncated"):
+        with pytest.raises(ArtifactError, match=r"shard-0003\.faiss.*truncated"):
             ActorSearcher(folder, 2).search(vectors[:1], 1)
         with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has, or can grow to, 3"):
             ActorSearcher(folder, 9)
