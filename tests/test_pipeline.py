@@ -213,4 +213,4 @@ def test_pairs_and_regression_with_an_encoder_on_an_object_store(
     from retrikt_ray.predictor import Predictor
 
     found = Predictor.open(run.folder).predict([("the rain was here today", "the sun was here today")])
-    assert found.answers.shape == (1, 1) and (found.positions >= 0).any()
+    assert found.dense is not None and found.answers.shape == (1, 1) and (found.dense.positions >= 0).any()
