@@ -38,10 +38,15 @@ class Search(Protocol):
         ...
 
 
+def falling(similarities: np.ndarray) -> bool:
+    """Whether each row (Q, k) falls from place to place, without ties."""
+    return bool((similarities[:, 1:] < similarities[:, :-1]).all())
+
+
 def merge(ids: list[np.ndarray], similarities: list[np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best of several answers: each (Q, k_i), ids -1 where there is none. Returns (Q, k) ids and similarities, ties by id."""
-    if len(ids) == 1 and ids[0].shape[1] >= k and (ids[0] >= 0).all() and (similarities[0][:, 1:] < similarities[0][:, :-1]).all():
-        return ids[0][:, :k], similarities[0][:, :k].astype(np.float32)  # in order, as FAISS has it where nothing ties
+    if len(ids) == 1 and ids[0].shape[1] >= k and falling(similarities[0]) and (ids[0][:, k - 1] >= 0).all():
+        return ids[0][:, :k], similarities[0][:, :k].astype(np.float32, copy=False)  # as FAISS has it where nothing ties
     every = np.concatenate(ids, 1)
     scores = np.where(every < 0, -np.inf, np.concatenate(similarities, 1))
     order = np.lexsort((every, -scores), axis=1)[:, :k]
@@ -73,8 +78,8 @@ def complete(once: Any, rows: int, queries: np.ndarray, k: int, allowed: np.ndar
     """The answers of once(queries, k, allowed, everywhere); queries whose lists held too few of the rows they may find are asked everywhere."""
     ids, similarities = once(queries, k, allowed, False)
     there = min(k, rows if allowed is None else int(np.count_nonzero(allowed)))
-    short = np.flatnonzero(ids[:, there - 1] < 0) if there else np.zeros(0, np.int64)
-    if len(short):
+    if there and (ids[:, there - 1] < 0).any():
+        short = np.flatnonzero(ids[:, there - 1] < 0)
         ids[short], similarities[short] = once(queries[short], k, allowed, True)
     return ids, similarities
 
@@ -143,12 +148,14 @@ class Shard:
             mine = allowed[self.low : self.low + total]
             if not mine.all():
                 selector = allowing(mine)
+        ask = min(total, k + (SLACK if self.vectors is not None else 1))
+        similarities, numbers = self.ask(queries, ask, nprobe, selector, visit)
+        if self.vectors is None and falling(similarities):
+            return similarities, self.positions(numbers)
         # How far FAISS's inner products may be from ours: the usual bound for a sum of d products in float32.
         margin = np.zeros(len(queries))
         if self.vectors is not None:
             margin = 2 * self.index.d * 2.0**-23 * self.norm * np.linalg.norm(queries, axis=1)
-        ask = min(total, k + (SLACK if self.vectors is not None else 1))
-        similarities, numbers = self.ask(queries, ask, nprobe, selector, visit)
         pending = np.arange(len(queries))
         while ask < total:  # where the last row could tie with the k-th, ask again for more
             tie = similarities[pending, -1] >= similarities[pending, k - 1] - margin[pending]
@@ -161,9 +168,11 @@ class Shard:
             similarities[pending], numbers[pending] = self.ask(queries[pending], ask, nprobe, selector, part)
         if self.vectors is not None:
             similarities = self.rescored(queries, numbers)
-        if self.low:
-            numbers = np.where(numbers < 0, -1, numbers + self.low)
-        return similarities, numbers
+        return similarities, self.positions(numbers)
+
+    def positions(self, numbers: np.ndarray) -> np.ndarray:
+        """Of rows numbered within the shard; -1 stays."""
+        return np.where(numbers < 0, -1, numbers + self.low) if self.low else numbers
 
     def rescored(self, queries: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Similarities (Q, c) of found rows, each summed in one order, whatever the batch and the shard. -inf for -1."""
@@ -190,6 +199,7 @@ class Searcher:
     def __post_init__(self) -> None:
         ivf = bool(self.shards) and self.shards[0].ivf is not None
         self.lists = Lists(self.shards[0].index, self.nprobe) if ivf else None
+        self.rows = sum(int(s.index.ntotal) for s in self.shards)
 
     @staticmethod
     def open(folder: Folder, threads: int = 1, only: list[str] | None = None) -> Searcher:
@@ -238,7 +248,7 @@ class Searcher:
             raise ValueError(f"k is {k}; expected 1 or more")
         faiss.omp_set_num_threads(self.threads)  # of the calling thread
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        return complete(self.once, sum(s.index.ntotal for s in self.shards), queries, k, allowed)
+        return complete(self.once, self.rows, queries, k, allowed)
 
     def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, but from the lists that are probed, or all of them."""
