@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import faiss
 import numpy as np
 
 from retrikt_ray.cluster import capacity
@@ -32,7 +31,6 @@ class ShardActor:
     def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> tuple[np.ndarray, np.ndarray]:
         self.opened()
         assert self.searcher is not None
-        faiss.omp_set_num_threads(self.threads)
         return self.searcher.once(queries, k, allowed, everywhere)
 
 

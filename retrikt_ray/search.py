@@ -246,12 +246,12 @@ class Searcher:
             raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
         if k < 1:
             raise ValueError(f"k is {k}; expected 1 or more")
-        faiss.omp_set_num_threads(self.threads)  # of the calling thread
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         return complete(self.once, self.rows, queries, k, allowed)
 
     def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, but from the lists that are probed, or all of them."""
+        faiss.omp_set_num_threads(self.threads)  # of the calling thread
         lists, nprobe = self.lists, self.nprobe
         if everywhere:
             lists, nprobe = lists and Lists(self.shards[0].index, EVERYWHERE), EVERYWHERE

@@ -27,7 +27,7 @@ SHARD_ROWS = 500_000
 SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
 WORDS_ROWS = 100_000  # of a file of postings, which a task sorts in memory: some 300 MB for texts of 60 words
 RECALL_AT = 10
-ENOUGH = 0.01  # recall that twice the probes must add to be worth it
+ENOUGH = 0.01  # how far below the best recall fewer probes may stay
 PROBES = (8, 16, 32, 64, 128, 256)
 
 

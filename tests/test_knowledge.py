@@ -486,9 +486,11 @@ def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: py
     want = Predictor.open(run).predict(QUERY).answers
     copies = list(tmp_path.rglob("shard-0000.faiss"))
     assert copies
-    for copy in copies:
-        copy.write_bytes(copy.read_bytes()[:-5] + b"12345")
+    whole = [copy.read_bytes() for copy in copies]
+    for copy, data in zip(copies, whole, strict=True):
+        copy.write_bytes(data[:-5] + b"12345")
     np.testing.assert_array_equal(Predictor.open(run).predict(QUERY).answers, want)
+    assert [copy.read_bytes() for copy in copies] == whole
     (tmp_path / f"retrikt-{os.getuid()}").chmod(0o777)
     with pytest.raises(ArtifactError, match="can be written by others"):
         Predictor.open(run)

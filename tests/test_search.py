@@ -222,13 +222,14 @@ def test_actors_answer_as_this_process(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(500, 12)).astype(np.float32)
     allowed = rng.random(500) < 0.5
+    rare = np.arange(500) % 60 == 0  # too few in the lists that are probed
     folder = make_index(tmp_path, vectors, 5, "IVF4,Flat", nprobe=2)
     here = Searcher.open(folder)
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         there = ActorSearcher(folder, 3)
         assert len(there.actors) == 3
-        for mask in (None, allowed):
+        for mask in (None, allowed, rare):
             for got, want in zip(there.search(vectors[:9], 20, mask), here.search(vectors[:9], 20, mask), strict=True):
                 np.testing.assert_array_equal(got, want)
         ray.kill(there.actors[1], no_restart=False)  # it opens its shards anew and answers
