@@ -83,7 +83,7 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 	$(BIN)/python -m jobs.bench_edit
 
 bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders
-	$(BIN)/python -m pytest -m bench -s tests/test_faults.py
+	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py
 
 clean: ## Remove the environment and the runs
 	rm -rf $(VENV) $(VENV)-autofaiss runs

@@ -38,7 +38,7 @@ def texts(rng: np.random.Generator, words: np.ndarray, count: int) -> list[str]:
 
 
 def seal(folder: Any, **more: Any) -> str:
-    from retrikt_ray import artifacts
+    from retrikt_ray.runtime import artifacts
 
     values = {"stage": "bench", "fingerprint": "bench", "config": {}, "inputs": {}, "seed": 0, "started": time.time()} | more
     return artifacts.seal(folder, **values).content
@@ -52,7 +52,7 @@ def make_base(run: Any, words: np.ndarray) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    from retrikt_ray.student import Student, StudentConfig, StudentModel
+    from retrikt_ray.student.model import Student, StudentConfig, StudentModel
 
     run.write_bytes("config.yaml", b"seed: 0\nindex: {factory: Flat}\n")
     card = {
@@ -85,7 +85,7 @@ def make_base(run: Any, words: np.ndarray) -> None:
 
 
 def make_store(run: Any, words: np.ndarray) -> None:
-    from retrikt_ray.annotate import store_schema
+    from retrikt_ray.store.annotate import store_schema
 
     schema, rng = store_schema(1), np.random.default_rng(1)
     for part, start in enumerate(range(0, ROWS, PART)):
@@ -105,9 +105,9 @@ def make_store(run: Any, words: np.ndarray) -> None:
 
 def index(run: Any, workers: Any) -> float:
     """Build and seal RUN/index as the index stage does; seconds."""
-    from retrikt_ray.artifacts import check
-    from retrikt_ray.index import IndexConfig, build_index
+    from retrikt_ray.index.index import IndexConfig, build_index
     from retrikt_ray.predictor import Mixture
+    from retrikt_ray.runtime.artifacts import check
 
     began, config = time.perf_counter(), IndexConfig(factory="Flat")
     build_index(config, run / "store", run / "student", run / "index", np.zeros((0, DIM), np.float32), seed=0, workers=workers)
@@ -120,13 +120,14 @@ def index(run: Any, workers: Any) -> float:
 def main() -> None:
     import ray
 
-    from retrikt_ray import cluster, editing
-    from retrikt_ray.cluster import Workers
-    from retrikt_ray.compact import compact, write_live
-    from retrikt_ray.edits import read_edit
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.knowledge import Knowledge
+    from retrikt_ray.knowledge import edit as editing
+    from retrikt_ray.knowledge.compact import compact, write_live
+    from retrikt_ray.knowledge.knowledge import Knowledge
+    from retrikt_ray.knowledge.log import read_edit
     from retrikt_ray.predictor import Predictor
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.cluster import Workers
+    from retrikt_ray.runtime.folders import Folder
 
     cluster.quiet(None)
     words, root = vocabulary(), ROOT / f"edit-{ROWS}"

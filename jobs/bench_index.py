@@ -62,7 +62,7 @@ def plain(folder: Path, out: Path, threads: int) -> None:
     import faiss
     import pyarrow.parquet as pq
 
-    from retrikt_ray.shards import TRAIN_ROWS
+    from retrikt_ray.index.build import TRAIN_ROWS
 
     began = time.perf_counter()
     faiss.omp_set_num_threads(threads)
@@ -91,10 +91,10 @@ def ours(folder: Path, out: Path, workers: int, watched: bool = False) -> None:
     """The build of the index stage, on a Ray cluster that is running already; `watched`: with the peak of its processes' memory."""
     import ray
 
-    from retrikt_ray import cluster
-    from retrikt_ray.cluster import Workers
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.shards import Column, Source, build
+    from retrikt_ray.index.build import Column, Source, build
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.cluster import Workers
+    from retrikt_ray.runtime.folders import Folder
 
     shutil.rmtree(out, ignore_errors=True)
     cluster.connect(Path(f"{out}.log").absolute())
@@ -234,9 +234,9 @@ def memory_bench() -> None:
 def query_bench() -> None:
     import faiss
 
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.search import Searcher
-    from retrikt_ray.shards import Column, Source, build
+    from retrikt_ray.index.build import Column, Source, build
+    from retrikt_ray.index.search import Searcher
+    from retrikt_ray.runtime.folders import Folder
 
     folder = table(ROWS)
     print(

@@ -18,10 +18,10 @@ import click
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from retrikt_ray import cluster, training
-from retrikt_ray.folders import Folder, digest
-from retrikt_ray.progress import console
-from retrikt_ray.settings import Scaled
+from retrikt_ray.runtime import cluster, training
+from retrikt_ray.runtime.folders import Folder, digest
+from retrikt_ray.runtime.progress import console
+from retrikt_ray.runtime.settings import Scaled
 
 HELD_OUT = 0.01  # share of the documents, but at least 20 of them
 
@@ -62,7 +62,7 @@ def loop(config: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from retrikt_ray.lm import pick_device
+    from retrikt_ray.teacher.lm import pick_device
 
     folder, device = Path(config["out"]), pick_device()
     windows, held_out = np.load(folder / "windows.npy", mmap_mode="r"), np.load(folder / "held_out.npy")

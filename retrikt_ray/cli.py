@@ -21,9 +21,9 @@ class Retrikt(click.Group):
     """Click's group, with one place for the errors of all commands."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from retrikt_ray.folders import ArtifactError
-        from retrikt_ray.settings import ConfigError
-        from retrikt_ray.taskdata import DataError
+        from retrikt_ray.runtime.folders import ArtifactError
+        from retrikt_ray.runtime.settings import ConfigError
+        from retrikt_ray.task.files import DataError
 
         try:
             return super().invoke(ctx)
@@ -53,7 +53,7 @@ def finish(run: Any) -> None:
     """The summary of a finished run: the table, the report, and what to do next."""
     from rich.table import Table
 
-    from retrikt_ray.progress import console
+    from retrikt_ray.runtime.progress import console
 
     report = (run.artifact("report")).read_json("report.json")
     table = Table(
@@ -82,7 +82,7 @@ def finish(run: Any) -> None:
 
 def split_arguments(arguments: tuple[str, ...]) -> tuple[str | None, list[str]]:
     """[CONFIG] [key=value ...] -> (config, overrides)."""
-    from retrikt_ray.settings import ConfigError
+    from retrikt_ray.runtime.settings import ConfigError
 
     files = [a for a in arguments if "=" not in a]
     if len(files) > 1:
@@ -130,8 +130,8 @@ def stage_command(name: str, summary: str) -> None:
         import yaml
 
         from retrikt_ray import config, pipeline
-        from retrikt_ray.folders import Folder
-        from retrikt_ray.settings import ConfigError
+        from retrikt_ray.runtime.folders import Folder
+        from retrikt_ray.runtime.settings import ConfigError
 
         path, overrides = split_arguments(arguments)
         folder = Folder.at(run_uri)
@@ -165,8 +165,9 @@ def status(run_uri: str) -> None:
     """What is done, stale, missing or damaged, and how long it took."""
     from rich.table import Table
 
-    from retrikt_ray import artifacts, pipeline
-    from retrikt_ray.progress import console
+    from retrikt_ray import pipeline
+    from retrikt_ray.runtime import artifacts
+    from retrikt_ray.runtime.progress import console
 
     opened = pipeline.load_run(run_uri)
     table = Table(title=str(opened.folder))
@@ -192,10 +193,11 @@ def status(run_uri: str) -> None:
 @click.option("--out", required=True, help="Folder for report.json and report.html.")
 def merge(runs: tuple[str, ...], out: str) -> None:
     """One report of several runs of a task that differ in their seed: mean and 95 % interval over the seeds."""
-    from retrikt_ray import pipeline, report
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.progress import console
-    from retrikt_ray.settings import ConfigError
+    from retrikt_ray import pipeline
+    from retrikt_ray.report import page as report
+    from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.runtime.progress import console
+    from retrikt_ray.runtime.settings import ConfigError
 
     try:
         merged = report.merge([pipeline.load_run(uri).artifact("report").read_json("report.json") for uri in runs])
@@ -216,10 +218,10 @@ def merge(runs: tuple[str, ...], out: str) -> None:
 @click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours of either kind to show.")
 def predict(run_uri: str, texts: tuple[str, ...], neighbours: int) -> None:
     """Answer texts, with the evidence. In pair tasks write TEXT ||| SECOND TEXT."""
-    from retrikt_ray import cluster
     from retrikt_ray.predictor import Predictor
-    from retrikt_ray.progress import console
-    from retrikt_ray.taskdata import read_text
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.progress import console
+    from retrikt_ray.task.files import read_text
 
     cluster.quiet(None)
     predictor = Predictor.open(run_uri)
@@ -245,7 +247,7 @@ main.add_command(store)
 def serve(run_uri: str, host: str, port: int, arguments: tuple[str, ...]) -> None:
     """Serve student and retrieval over HTTP, with a page to try it."""
     from retrikt_ray.config import override
-    from retrikt_ray.serving import serve_run
+    from retrikt_ray.serving.app import serve_run
 
     args: dict[str, Any] = {}
     for item in arguments:

@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from retrikt_ray.annotate import AnnotateConfig
-from retrikt_ray.distill import DistillConfig
-from retrikt_ray.evaluate import EvaluateConfig
-from retrikt_ray.generate import GenerateConfig
-from retrikt_ray.index import IndexConfig
-from retrikt_ray.prepare import PrepareConfig
-from retrikt_ray.reinforce import ReinforceConfig
-from retrikt_ray.settings import ConfigError, Section, explain, nearest_key
-from retrikt_ray.teach import TeachConfig
+from retrikt_ray.index.index import IndexConfig
+from retrikt_ray.policy.reinforce import ReinforceConfig
+from retrikt_ray.report.evaluate import EvaluateConfig
+from retrikt_ray.runtime.settings import ConfigError, Section, explain, nearest_key
+from retrikt_ray.store.annotate import AnnotateConfig
+from retrikt_ray.store.generate import GenerateConfig
+from retrikt_ray.student.distill import DistillConfig
+from retrikt_ray.task.prepare import PrepareConfig
+from retrikt_ray.teacher.teach import TeachConfig
 
 TOP = "(top level)"
 QUICKSTART = Path(__file__).parent / "quickstart" / "config.yaml"

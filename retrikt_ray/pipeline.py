@@ -16,36 +16,37 @@ from typing import Any, Literal
 
 import yaml
 
-from retrikt_ray import artifacts
-from retrikt_ray.artifacts import Manifest, read_manifest
 from retrikt_ray.config import RunConfig
-from retrikt_ray.folders import ArtifactError, Folder, digest
-from retrikt_ray.prepare import source_digest
-from retrikt_ray.progress import console
-from retrikt_ray.settings import ConfigError
+from retrikt_ray.runtime import artifacts
+from retrikt_ray.runtime.artifacts import Manifest, read_manifest
+from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
+from retrikt_ray.runtime.progress import console
+from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.task.prepare import source_digest
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: a function `retrikt_ray.<name>:<name>` of (config section, inputs, outputs, seed)."""
+    """One row of the table: a function `retrikt_ray.<package>.<name>:<name>` of (config section, inputs, outputs, seed)."""
 
+    package: str
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # the first is the one that says "done": it is sealed last
 
     def module(self) -> Any:
-        return importlib.import_module(f"retrikt_ray.{self.name}")
+        return importlib.import_module(f"retrikt_ray.{self.package}.{self.name}")
 
 
 STAGES = (
-    Stage("prepare", (), ("task",)),
-    Stage("teach", ("task",), ("teacher",)),
-    Stage("reinforce", ("task", "teacher"), ("policy",)),
-    Stage("generate", ("task", "teacher", "policy"), ("generated",)),
-    Stage("annotate", ("task", "teacher", "generated"), ("store", "rejected")),
-    Stage("distill", ("task", "teacher", "store"), ("student",)),
-    Stage("index", ("task", "store", "student"), ("index",)),
-    Stage("evaluate", ("task", "teacher", "policy", "store", "rejected", "student", "index"), ("report",)),
+    Stage("task", "prepare", (), ("task",)),
+    Stage("teacher", "teach", ("task",), ("teacher",)),
+    Stage("policy", "reinforce", ("task", "teacher"), ("policy",)),
+    Stage("store", "generate", ("task", "teacher", "policy"), ("generated",)),
+    Stage("store", "annotate", ("task", "teacher", "generated"), ("store", "rejected")),
+    Stage("student", "distill", ("task", "teacher", "store"), ("student",)),
+    Stage("index", "index", ("task", "store", "student"), ("index",)),
+    Stage("report", "evaluate", ("task", "teacher", "policy", "store", "rejected", "student", "index"), ("report",)),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 MADE_BY = {output: stage for stage in STAGES for output in stage.outputs}
@@ -196,7 +197,7 @@ def _gone(folder: Folder) -> Manifest:
 
 def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
     """Run what is not done, in order; `only`: that stage alone; `force`: even if it is done."""
-    from retrikt_ray import cluster
+    from retrikt_ray.runtime import cluster
 
     connected = False
     with locked(run):
@@ -224,8 +225,8 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
 
 def preflight(run: Run) -> None:
     """Refuse before the first minute of work what the cluster can never give in the last."""
-    from retrikt_ray.cluster import plan
-    from retrikt_ray.settings import Scaled
+    from retrikt_ray.runtime.cluster import plan
+    from retrikt_ray.runtime.settings import Scaled
 
     for stage in STAGES:
         section = getattr(run.config, stage.name)

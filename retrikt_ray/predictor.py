@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrikt_ray.artifacts import check
-from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.knowledge import Hits, Knowledge
+from retrikt_ray.knowledge.knowledge import Hits, Knowledge
+from retrikt_ray.runtime.artifacts import check
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 
 if TYPE_CHECKING:
-    from retrikt_ray.classifier import Text
-    from retrikt_ray.search import Search
-    from retrikt_ray.student import Student
+    from retrikt_ray.index.search import Search
+    from retrikt_ray.student.model import Student
+    from retrikt_ray.teacher.annotator import Text
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Predictor:
 
         Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
         """
-        from retrikt_ray.student import Student
+        from retrikt_ray.student.model import Student
 
         folder = Folder.at(run) if isinstance(run, str) else run
         knowledge = Knowledge(folder, threads, edited=edited, opener=opener)

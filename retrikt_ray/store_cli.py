@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from retrikt_ray.knowledge import Knowledge
+    from retrikt_ray.knowledge.knowledge import Knowledge
 
 RAY_ROWS = 50_000  # a smaller store is compacted sooner than Ray has started
 
@@ -21,9 +21,9 @@ def store() -> None:
 
 
 def opened(run: str) -> Knowledge:
-    from retrikt_ray import cluster
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.knowledge import Knowledge
+    from retrikt_ray.knowledge.knowledge import Knowledge
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.folders import Folder
 
     cluster.quiet(None)
     return Knowledge(Folder.at(run))
@@ -31,8 +31,8 @@ def opened(run: str) -> Knowledge:
 
 def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of a file, or the one that the options give."""
-    from retrikt_ray.settings import ConfigError
-    from retrikt_ray.taskdata import read_rows
+    from retrikt_ray.runtime.settings import ConfigError
+    from retrikt_ray.task.files import read_rows
 
     given = {k: v for k, v in row.items() if v is not None}
     if (file is None) == (not given):
@@ -43,7 +43,7 @@ def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
 @contextmanager
 def naming(file: str | None) -> Iterator[None]:
     """Errors about a row say which file it is in."""
-    from retrikt_ray.settings import ConfigError
+    from retrikt_ray.runtime.settings import ConfigError
 
     try:
         yield
@@ -52,7 +52,7 @@ def naming(file: str | None) -> Iterator[None]:
 
 
 def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
-    from retrikt_ray.progress import console
+    from retrikt_ray.runtime.progress import console
 
     for code in ids[:10]:
         console.print(code, markup=False)
@@ -70,7 +70,7 @@ def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
 @click.option("--label", help="Its label; without, the teacher gives one.")
 def add(run: str, file: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
     """Add rows: a .jsonl, .csv, .tsv or .parquet FILE with text, text_pair (pair tasks), label or teacher_probs (optional), id (optional)."""
-    from retrikt_ray import editing
+    from retrikt_ray.knowledge import edit as editing
 
     rows = rows_of(file, {"text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
@@ -87,7 +87,7 @@ def add(run: str, file: str | None, text: str | None, text_pair: str | None, lab
 @click.option("--label", help="Its new label; a new text without one gets the teacher's.")
 def update(run: str, file: str | None, code: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
     """Change rows: a FILE as for `add`, with the id of each row and what changes."""
-    from retrikt_ray import editing
+    from retrikt_ray.knowledge import edit as editing
 
     rows = rows_of(file, {"id": code, "text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
@@ -101,9 +101,9 @@ def update(run: str, file: str | None, code: str | None, text: str | None, text_
 @click.option("--file", help="A .txt file with the ids, one a line, or a table with a column id.")
 def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
     """Delete rows by id."""
-    from retrikt_ray import editing
-    from retrikt_ray.settings import ConfigError
-    from retrikt_ray.taskdata import read_rows
+    from retrikt_ray.knowledge import edit as editing
+    from retrikt_ray.runtime.settings import ConfigError
+    from retrikt_ray.task.files import read_rows
 
     wanted = list(ids)
     for row in read_rows(file) if file else []:
@@ -122,11 +122,13 @@ def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
 @click.argument("run", metavar="RUN")
 def compact(run: str) -> None:
     """Fold the edits into a new base. A large store is built by Ray tasks, as in `retrikt index`."""
-    from retrikt_ray import artifacts, cluster, edits, pipeline
-    from retrikt_ray.compact import compact as fold
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.knowledge import base_of
-    from retrikt_ray.progress import console
+    from retrikt_ray import pipeline
+    from retrikt_ray.knowledge import log as edits
+    from retrikt_ray.knowledge.compact import compact as fold
+    from retrikt_ray.knowledge.knowledge import base_of
+    from retrikt_ray.runtime import artifacts, cluster
+    from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.runtime.progress import console
 
     opened_run = pipeline.load_run(run)
     folder, workers = opened_run.folder, None
@@ -148,10 +150,10 @@ def compact(run: str) -> None:
 @click.option("--source", help="Only rows of this source: generated, task, unlabelled or added.")
 def search(run: str, text: str, k: int, label: str | None, source: str | None) -> None:
     """The nearest rows of a text, and those that share most words. In pair tasks write TEXT ||| SECOND TEXT."""
-    from retrikt_ray import cluster
     from retrikt_ray.predictor import Predictor
-    from retrikt_ray.progress import console
-    from retrikt_ray.taskdata import read_text
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.progress import console
+    from retrikt_ray.task.files import read_text
 
     cluster.quiet(None)
     predictor = Predictor.open(run)
@@ -171,9 +173,9 @@ def search(run: str, text: str, k: int, label: str | None, source: str | None) -
 @click.option("--out", required=True, help="File to write, as JSON lines.")
 def export(run: str, out: str) -> None:
     """Write the added rows in the form that `add` takes, also of a run that was made anew since."""
-    from retrikt_ray.editing import added_rows
-    from retrikt_ray.folders import Folder
-    from retrikt_ray.progress import console
+    from retrikt_ray.knowledge.edit import added_rows
+    from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.runtime.progress import console
 
     rows = added_rows(Folder.at(run))
     head, _, name = out.rpartition("/")

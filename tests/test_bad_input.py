@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tasks import rows, tiny, write_jsonl, write_task
-from tiny_run import make_run
+from making.tasks import rows, tiny, write_jsonl, write_task
+from making.tiny_run import make_run
 
-from retrikt_ray.artifacts import read_manifest
-from retrikt_ray.folders import Folder
+from retrikt_ray.runtime.artifacts import read_manifest
+from retrikt_ray.runtime.folders import Folder
 
 
 def retrikt(*arguments: object, **env: str) -> str:

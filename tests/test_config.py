@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from retrikt_ray.config import RunConfig, documentation, load, parse
-from retrikt_ray.settings import ConfigError, all_keys, nearest_key
+from retrikt_ray.runtime.settings import ConfigError, all_keys, nearest_key
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tasks import tiny, write_task
+from making.tasks import tiny, write_task
 
 REPO = Path(__file__).resolve().parent.parent
 RAY = str(Path(sys.executable).parent / "ray")

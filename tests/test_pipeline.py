@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import ray
 import yaml
-from tasks import tiny, write_pair_regression, write_task
+from making.tasks import tiny, write_pair_regression, write_task
 
-from retrikt_ray import artifacts, config, pipeline
-from retrikt_ray.folders import Folder
+from retrikt_ray import config, pipeline
+from retrikt_ray.runtime import artifacts
+from retrikt_ray.runtime.folders import Folder
 
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 

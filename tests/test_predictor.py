@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_run import LABELS, TEXTS, make_run
+from making.tiny_run import LABELS, TEXTS, make_run
 
-from retrikt_ray import editing
-from retrikt_ray.folders import ArtifactError, Folder
-from retrikt_ray.knowledge import Knowledge
+from retrikt_ray.knowledge import edit as editing
+from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import (
     KS,
     LEXICAL_TAUS,
@@ -30,6 +29,7 @@ from retrikt_ray.predictor import (
     mix,
     vote,
 )
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 
 TAU, LEXICAL_TAU = 0.1, 2.0
 STEP, LEXICAL_STEP = TAU * math.log(3), LEXICAL_TAU * math.log(3)  # a score this much smaller weighs a third
@@ -404,8 +404,8 @@ def test_mixture_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_mixture_of_another_student_is_refused_by_name(tmp_path: Path) -> None:
     """Compaction takes edits over to a new student, but the run's own mixture.json is then still the old student's."""
-    from retrikt_ray import artifacts
-    from retrikt_ray.compact import compact
+    from retrikt_ray.knowledge.compact import compact
+    from retrikt_ray.runtime import artifacts
 
     run = make_run(tmp_path / "run")
     editing.add(Knowledge(run), [{"text": "a fine film", "label": "negative"}])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from retrikt_ray.folders import Folder
-from retrikt_ray.prepare import PrepareConfig, prepare
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.task.prepare import PrepareConfig, prepare
 
 DATA = Path(os.environ.get("RETRIKT_DATA", Path(__file__).resolve().parent.parent.parent / "shared")) / "data"
 TASKS = {  # name: (classes, test rows, pair)

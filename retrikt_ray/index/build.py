@@ -1,0 +1,244 @@
+"""Building the index: one quantizer trained on a sample, shards filled in parallel straight from a table's Parquet row groups.
+
+Each task reads one row group at a time, turns it into vectors (by the student, or from a column), and adds them to its shard; its memory is
+that of a row group, the shard it writes, and the trained part. The table is any folder of Parquet files, whatever its size. `index.json`
+comes last. How well the index answers is measured while it is built: the exact neighbours of a few queries are found on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from retrikt_ray.index.factory import choose
+from retrikt_ray.index.lexical import Postings
+from retrikt_ray.index.search import Searcher, allowing, longest, merge, with_probes
+from retrikt_ray.runtime.cluster import Workers, each, widest
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.settings import ConfigError
+
+TRAIN_ROWS = 160_000  # that a quantizer is trained on: 39 for each of 4,096 centroids, FAISS's least; bounds the memory of training
+SHARD_ROWS = 500_000
+SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
+WORDS_ROWS = 100_000  # of a file of postings, which a task sorts in memory: some 300 MB for texts of 60 words
+RECALL_AT = 10
+ENOUGH = 0.01  # how far below the best recall fewer probes may stay
+PROBES = (8, 16, 32, 64, 128, 256)
+
+
+class Vectors(Protocol):
+    """Where the vectors of a table come from. Travels to Ray tasks, so it holds names, not models."""
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def width(self) -> int: ...
+
+    def of(self, table: pa.Table) -> np.ndarray:
+        """Unit vectors (n, width) float32 of rows that have `columns`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """Vectors that lie in a column of fixed-size lists."""
+
+    name: str
+    width: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def of(self, table: pa.Table) -> np.ndarray:
+        column = table[self.name].combine_chunks()
+        return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), self.width)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table in Parquet files, cut into row groups."""
+
+    folder: Folder
+    groups: tuple[tuple[str, int, int, int], ...]  # (file, row group in it, position of its first row, rows)
+
+    @staticmethod
+    def of(folder: Folder, prefix: str = "part-") -> Source:
+        """All files whose names start with `prefix`, in the order of their names. Reads their footers only."""
+        groups, first = [], 0
+        for name in folder.files():
+            if name.startswith(prefix) and name.endswith(".parquet"):
+                with folder.parquet(name) as file:
+                    for i in range(file.num_row_groups):
+                        rows = file.metadata.row_group(i).num_rows
+                        groups.append((name, i, first, rows))
+                        first += rows
+        if not groups:
+            raise ArtifactError(f"{folder} holds no {prefix}*.parquet with rows")
+        return Source(folder, tuple(groups))
+
+    @property
+    def rows(self) -> int:
+        return self.groups[-1][2] + self.groups[-1][3]
+
+    def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
+        """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
+        for name, group, first, rows in self.groups:
+            begin, end = max(low - first, 0), min(high - first, rows)
+            if begin < end:
+                with self.folder.parquet(name) as file:
+                    yield first + begin, file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+
+
+def sampled(source: Source, vectors: Vectors, wanted: np.ndarray) -> np.ndarray:
+    """Vectors of the rows at `wanted` positions, sorted (a Ray task)."""
+    found = []
+    for name, group, first, rows in source.groups:
+        low, high = np.searchsorted(wanted, (first, first + rows))
+        if low < high:
+            with source.folder.parquet(name) as file:
+                table = file.read_row_group(group, columns=list(vectors.columns))
+            found.append(vectors.of(table.take(pa.array(wanted[low:high] - first))))
+    return np.concatenate(found) if found else np.zeros((0, vectors.width), np.float32)
+
+
+def train(factory: str, width: int, samples: list[np.ndarray], threads: int) -> bytes:
+    """An empty trained index for inner products, serialised (a Ray task). Raises ConfigError on a factory string that FAISS refuses."""
+    import faiss
+
+    faiss.omp_set_num_threads(threads)
+    sample = np.concatenate([np.zeros((0, width), np.float32), *samples])
+    try:
+        index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            index.train(sample)
+        # Deleted rows are passed over by a selector: an index that cannot do that is of no use here.
+        probe = faiss.clone_index(index)
+        probe.add(sample[:1])
+        probe.search(sample[:1], 1, params=with_probes(probe, 1, allowing(np.ones(1, bool))))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+        raise ConfigError(f"index.factory: FAISS refuses {factory!r} for {len(sample)} rows of {width} dimensions: {reason}") from None
+    return faiss.serialize_index(index).tobytes()
+
+
+def fill(
+    trained: bytes, source: Source, vectors: Vectors, low: int, high: int, folder: Folder, name: str, queries: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Fill a copy of the trained index with the rows low .. high - 1 and write it as one file (a Ray task).
+
+    Returns the shard's card, and the positions and similarities (Q, RECALL_AT) of the queries' exact neighbours in it.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    index = faiss.deserialize_index(np.frombuffer(trained, dtype=np.uint8))
+    best = (np.full((len(queries), RECALL_AT), -1, np.int64), np.full((len(queries), RECALL_AT), -np.inf, np.float32))
+    norm = 0.0
+    for first, table in source.read(low, high, vectors.columns):
+        part = np.ascontiguousarray(vectors.of(table), dtype=np.float32)
+        index.add(part)
+        norm = max(norm, longest(part))
+        if len(queries):
+            near = queries @ part.T
+            numbers = np.argpartition(-near, min(RECALL_AT, len(part)) - 1, axis=1)[:, :RECALL_AT]
+            best = merge([best[0], first + numbers], [best[1], np.take_along_axis(near, numbers, 1)], RECALL_AT)
+    with folder.create(name) as path:
+        faiss.write_index(index, str(path))
+    card = {"file": name, "low": low, "high": high, "norm": norm, "sha256": folder.sha256(name), "bytes": folder.size(name)}
+    return card, *best
+
+
+def count_words(source: Source, low: int, high: int, folder: Folder, name: str) -> str:
+    """Write the postings of the rows low .. high - 1 as one file, whose name is returned (a Ray task)."""
+    batches = (
+        list(zip(t["text"].to_pylist(), t["text_pair"].to_pylist(), strict=True)) for _, t in source.read(low, high, ("text", "text_pair"))
+    )
+    Postings.of(batches, low).write(folder, name)
+    return name
+
+
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """Share of the exact neighbours (Q, k) that are among those found (Q, k)."""
+    there = (found[:, :, None] == exact[:, None, :]) & (exact >= 0)[:, None, :]
+    return float(there.any(1).sum() / max(1, (exact >= 0).sum()))
+
+
+def edges(rows: int, shards: int) -> list[tuple[int, int]]:
+    """Positions low .. high of each shard, as equal as can be; empty ones where there are fewer rows than shards."""
+    cuts = np.linspace(0, rows, shards + 1).astype(int).tolist()
+    return list(pairwise(cuts))
+
+
+def build(
+    source: Source,
+    vectors: Vectors,
+    out: Folder,
+    *,
+    factory: str,
+    shards: int,
+    nprobe: int,
+    memory_gb: float,
+    latency_ms: float,
+    queries: np.ndarray,
+    words: bool,
+    seed: int,
+    workers: Workers | None,
+) -> dict[str, Any]:
+    """Write shard-NNNN.faiss, words-NNNN.arrow where `words`, and index.json, which is returned. workers None: in this process.
+
+    queries: (Q, width) vectors that recall is measured with, at most a few hundred; none needed for Flat.
+    1. Choose.  2. Train on a sample.  3. Fill the shards.  4. Count the words.  5. Measure recall, choose the probes.
+    """
+    # 1. choose
+    rows, why = source.rows, f"{factory}: as the config says"
+    if factory == "auto":
+        factory, why = choose(rows, vectors.width, memory_gb, latency_ms)
+    count = shards or (1 if rows < SHARD_ROWS // 5 else max(2, -(-rows // SHARD_ROWS), int(-(-rows * vectors.width // (SHARD_BYTES / 4)))))
+    exact = factory == "Flat"
+
+    # 2. train
+    wanted = np.arange(min(rows, 1)) if exact else np.arange(rows)
+    if len(wanted) > TRAIN_ROWS:
+        wanted = np.sort(np.random.default_rng(seed).choice(rows, TRAIN_ROWS, replace=False))
+    parts = np.array_split(wanted, workers.count if workers else 1)
+    samples = each(sampled, [(source, vectors, part) for part in parts], workers, "index: sample", by_reference=True)
+    threads = widest(workers)
+    trained = each(train, [(factory, vectors.width, samples, threads)], workers, "index: train", cpus=threads, by_reference=True)[0]
+
+    # 3. fill
+    queries = queries[:0] if exact else queries
+    ranges = edges(rows, count)
+    calls = [(trained, source, vectors, low, high, out, f"shard-{i:04d}.faiss", queries) for i, (low, high) in enumerate(ranges)]
+    filled = each(fill, calls, workers, "index: shards")
+    cards = [card for card, _, _ in filled]
+
+    # 4. words
+    named = [(source, low, high, out, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(edges(rows, -(-rows // WORDS_ROWS)))]
+    files = {"shards": cards, "words": each(count_words, named, workers, "index: words") if words else []}
+
+    # 5. recall
+    card = {"factory": factory, "why": why, "width": vectors.width, "rows": rows, "metric": "cosine", "nprobe": nprobe or PROBES[0]}
+    measured = None
+    if len(queries):
+        truth, _ = merge([f[1] for f in filled], [f[2] for f in filled], RECALL_AT)
+        out.write_json("index.json", card | files)
+        tries = (nprobe,) if nprobe else PROBES
+        values = each(measure, [(out, queries, tries, truth)], workers, "index: recall")[0]
+        card["nprobe"], value = next((n, v) for n, v in zip(tries, values, strict=True) if v >= max(values) - ENOUGH)
+        measured = {"at": RECALL_AT, "value": round(value, 4), "queries": len(queries)}
+    card["recall"] = measured
+    out.write_json("index.json", card | files)
+    return card | files
+
+
+def measure(folder: Folder, queries: np.ndarray, tries: tuple[int, ...], truth: np.ndarray) -> list[float]:
+    """Recall of the built shards for each number of probes (a Ray task). The folder is not sealed yet: its files are ours of a moment ago."""
+    searcher = Searcher.unsealed(folder, join=False)
+    return [recall(replace(searcher, nprobe=n).search(queries, RECALL_AT)[0], truth) for n in tries]

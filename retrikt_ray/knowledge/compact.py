@@ -1,0 +1,95 @@
+"""Compaction: the edits of a run's knowledge become a new base, built as the index stage builds it.
+
+Memory is bounded by a row group and the log. Readers go on with the old base until the manifest names the new one, in one rename; a process
+that dies before leaves files that no manifest names. Vectors are made anew by today's student, so compaction also takes edits over to
+a student that was trained since.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from retrikt_ray.index.build import Source
+from retrikt_ray.index.index import IndexConfig, build_index, encode_validation
+from retrikt_ray.knowledge import log as edits
+from retrikt_ray.knowledge.knowledge import base_of, check_origin
+from retrikt_ray.knowledge.log import State, read_edit, read_state, writing
+from retrikt_ray.runtime import artifacts
+from retrikt_ray.runtime.artifacts import check
+from retrikt_ray.runtime.cluster import Workers, each
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+
+PART_ROWS = 4096  # of the added rows in a new store
+
+
+def compact(run: Folder, workers: Workers | None = None) -> State | None:
+    """Write a new base of the live rows and empty the log; None where there was nothing to do. workers None: in this process.
+
+    1. Check what is there.  2. The live rows.  3. Their index.  4. From the old base to the new one, at once.
+    """
+    folder = run / "knowledge"
+    with writing(run):
+        # 1. check
+        state = read_state(folder)
+        student = check(run / "student", deep=True).content
+        if state is None:
+            return None
+        check_origin(run, state)
+        where, began = base_of(run, state), time.time()
+        configs = [check(f / "index").config for f in (run, where)]  # the run's own index may have been made anew
+        if not state.edits and state.contents["student"] == student and configs[0] == configs[1]:
+            return None
+        edits.sweep(folder, state)
+        seal = check(where / "store", deep=True)
+        if seal.content != state.contents["store"]:
+            raise ArtifactError(f"{where}/store is not the store that {folder}/{MANIFEST} names")
+        base = folder / f"base-{state.version + 1:06d}"
+        config = IndexConfig(**configs[0])
+        more: Any = {"stage": "compact", "fingerprint": f"{state.contents['store'][:16]}+{state.version}", "seed": seal.seed}
+
+        # 2. the live rows
+        write_live(where / "store", [read_edit(folder, e) for e in state.edits], base / "store")
+        stored = artifacts.seal(base / "store", config={}, inputs={"store": seal.content}, started=began, **more).content
+
+        # 3. their index
+        threads = workers.threads if workers else 1
+        queries = each(encode_validation, [(run / "task", run / "student", threads)], workers, "compact: validation")[0][1]
+        build_index(config, base / "store", run / "student", base / "index", queries, seed=seal.seed, workers=workers)
+        inputs = {"task": check(run / "task").content, "store": stored, "student": student}
+        indexed = artifacts.seal(base / "index", config=config.fingerprint_view(), inputs=inputs, started=began, **more).content
+
+        # 4. at once
+        contents = {"student": student, "store": stored, "index": indexed}
+        after = State(state.version + 1, base.uri.rsplit("/", 1)[1], contents, state.origin, previous=state.base)
+        folder.write_sealed(MANIFEST, asdict(after))
+        edits.sweep(folder, after)
+        return after
+
+
+def write_live(store: Folder, log: list[pa.Table], out: Folder) -> None:
+    """The rows of a store that the log does not delete, in their order, a row group at a time; then the rows that it adds."""
+    source = Source.of(store)
+    with store.parquet(source.groups[0][0]) as file:
+        columns = file.schema_arrow.names
+    table = pa.concat_tables(log) if log else None
+    gone = pa.array([] if table is None else table.filter(table["deleted"])["position"].to_pylist(), pa.int64())
+    parts = 0
+
+    def write(rows: pa.Table) -> None:
+        nonlocal parts
+        if len(rows):
+            out.write_table(f"part-{parts:05d}.parquet", rows)
+            parts += 1
+
+    for first, rows in source.read(0, source.rows, tuple(columns)):
+        write(rows.filter(pc.invert(pc.is_in(pa.array(range(first, first + len(rows)), pa.int64()), gone))))
+    if table is not None:
+        new = table.filter(pc.invert(table["deleted"]))
+        new = new.filter(pc.invert(pc.is_in(new["position"], gone)))
+        for start in range(0, len(new), PART_ROWS):
+            write(new.select(columns).slice(start, PART_ROWS))

@@ -1,0 +1,128 @@
+"""Edits of a finished run's knowledge: a small log beside the store, changed as a whole or not at all.
+
+`RUN/knowledge/` holds one Parquet file per edit (added rows with their vectors, and positions that were deleted) and `manifest.json`, which
+names them with their SHA-256 and says which student, store and index they belong to. An edit is there when the manifest that names it is: it
+is replaced in one rename, after everything it names is on the disk. What no manifest names was left by a process that died, and goes with
+the next edit. Positions go on where the base ends and are never used twice; compaction writes a new base and empties the log.
+
+What was left out on purpose: merging the edits of two writers. On a local disk a lock keeps them apart (the kernel drops it with its holder);
+on an object store one writer at a time is the user's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.settings import ConfigError
+
+FOLD = 16  # edit files after which they become one
+WAIT_S = 120.0  # for another process's edit to end
+
+
+@dataclass(frozen=True)
+class State:
+    """What `manifest.json` says: the base that is edited, and the log."""
+
+    version: int  # goes up by one with every edit
+    base: str | None  # folder below knowledge/ that compaction wrote; None: the run's own store/ and index/
+    contents: dict[str, str]  # digests of the student, store and index that the log belongs to
+    origin: str  # digest of the run's own store/, which was there first
+    edits: list[dict[str, Any]] = field(default_factory=list)  # {file, sha256, bytes, added, deleted}
+    previous: str | None = None  # the base before: kept for readers that have it mapped, on a shared disk for one
+
+    @property
+    def added(self) -> int:
+        return sum(e["added"] for e in self.edits)
+
+    @property
+    def deleted(self) -> int:
+        return sum(e["deleted"] for e in self.edits)
+
+
+def edit_schema(store: pa.Schema, width: int) -> pa.Schema:
+    """Columns of an edit file: the store's, and before them what happens to which position; in deletions all else is null."""
+    log = [("deleted", pa.bool_()), ("position", pa.int64()), ("vector", pa.list_(pa.float32(), width))]
+    return pa.schema([pa.field(n, t) for n, t in log] + list(store))
+
+
+def read_state(folder: Folder) -> State | None:
+    """The state of `knowledge/`, or None where nothing is edited. Raises ArtifactError that names the file that is damaged."""
+    if not folder.exists(MANIFEST):
+        left = folder.files()
+        if left:
+            raise ArtifactError(f"{folder}/{MANIFEST} is missing, but {folder}/{left[0]} is there")
+        return None
+    data = folder.read_sealed(MANIFEST)
+    try:
+        state = State(**data)
+    except TypeError as error:
+        raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
+    return state if state.base or state.edits else None  # a first edit that did not come to its end
+
+
+def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
+    """One edit file. Raises ArtifactError that names it when it is missing, cut or altered."""
+    name = edit["file"]
+    if not folder.exists(name):
+        raise ArtifactError(f"{folder}/{name} is missing; {MANIFEST} names it")
+    if folder.size(name) != edit["bytes"]:
+        raise ArtifactError(f"{folder}/{name} has {folder.size(name)} bytes, {MANIFEST} says {edit['bytes']}: truncated or altered")
+    if folder.sha256(name) != edit["sha256"]:
+        raise ArtifactError(f"{folder}/{name} was altered: its SHA-256 is not the one in {MANIFEST}")
+    return folder.read_table(name)
+
+
+def commit(folder: Folder, state: State, edit: pa.Table) -> State:
+    """Write one more edit; when this returns, it is there to stay. Called under `writing`."""
+    tables, edits = [edit], list(state.edits)
+    if len(edits) >= FOLD:
+        tables, edits = [*(read_edit(folder, e) for e in edits), edit], []
+    name = f"edit-{state.version + 1:06d}.parquet"
+    table = pa.concat_tables(tables)
+    folder.write_table(name, table)
+    gone = int(np.count_nonzero(table["deleted"].to_numpy(zero_copy_only=False)))
+    card = {"file": name, "sha256": folder.sha256(name), "bytes": folder.size(name), "added": table.num_rows - gone, "deleted": gone}
+    after = replace(state, version=state.version + 1, edits=[*edits, card])
+    folder.write_sealed(MANIFEST, asdict(after))
+    return after
+
+
+def sweep(folder: Folder, state: State) -> None:
+    """Remove what no manifest names: files of edits that were folded or compacted, or whose process died."""
+    keep = {MANIFEST, *(e["file"] for e in state.edits)}
+    if folder.is_local and Path(folder.uri).is_dir():  # temporary files are no files of the folder, so `files` does not tell of them
+        for path in Path(folder.uri).glob("*.tmp-*"):
+            path.unlink()
+    for name in {n.split("/")[0] for n in folder.files() if n not in keep}:
+        if name not in (state.base, state.previous):
+            folder.remove(name)
+
+
+@contextmanager
+def writing(run: Folder) -> Iterator[None]:
+    """Hold the right to edit a run's knowledge. Raises ConfigError when another process holds it for too long."""
+    if not run.is_local:
+        yield
+        return
+    import fcntl
+
+    with open(Path(run.uri) / ".knowledge.lock", "w") as handle:
+        until = time.monotonic() + WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise ConfigError(f"another process has been editing {run} for {WAIT_S:.0f} s; try again later") from None
+                time.sleep(0.05)
+        yield

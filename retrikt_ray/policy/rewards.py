@@ -1,0 +1,101 @@
+"""Rewards of a generated text, and the figures that tell a collapse. Pure functions of strings and arrays.
+
+The paper (RetriKT, arXiv 2310.15594) does not publish its reward; these terms and their weights are our own design. Each term is
+logged on its own. More terms come by import path: `package.module:function(texts, labels) -> array of shape (N,)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from retrikt_ray.runtime.settings import ConfigError
+
+
+def words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def fidelity(probs: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """log p_teacher(asked class | text), floored at log 1e-4. probs (N, C), asked (N,) -> (N,)"""
+    return np.log(np.clip(probs[np.arange(len(asked)), asked], 1e-4, 1.0))
+
+
+def closeness(values: np.ndarray, asked: np.ndarray, scale: float) -> np.ndarray:
+    """Regression's fidelity: -|value - asked value| / scale. (N,)"""
+    return -np.abs(values - asked) / scale
+
+
+def self_bleu(texts: Sequence[str], top: int = 3) -> np.ndarray:
+    """Of each text, BLEU-like overlap with the others of the batch: mean over n = 1..top of clipped n-gram precision. (N,) in [0, 1]
+
+    A text too short to have n-grams of some order takes the mean over the orders that it has; an empty text counts as 1 (no variety).
+    After Zhu et al. 2018 (Texygen, arXiv 1802.01886), with the arithmetic mean, since a product of small precisions is mostly 0.
+    """
+    tokens = [words(t) for t in texts]
+    result = np.ones(len(texts))
+    precisions: list[list[float]] = [[] for _ in texts]
+    for n in range(1, top + 1):
+        counts = [Counter(ngrams(t, n)) for t in tokens]
+        # The largest count of each n-gram, and the largest in any other text, so that a text is not its own reference.
+        best: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+        for i, c in enumerate(counts):
+            for gram, k in c.items():
+                best.setdefault(gram, []).append((k, i))
+        ranked = {g: sorted(v, reverse=True)[:2] for g, v in best.items()}
+        for i, c in enumerate(counts):
+            if c:
+                hit = sum(min(k, next((m for m, j in ranked[g] if j != i), 0)) for g, k in c.items())
+                precisions[i].append(hit / sum(c.values()))
+    for i, p in enumerate(precisions):
+        if p:
+            result[i] = sum(p) / len(p)
+    return result
+
+
+def novelty(texts: Sequence[str], seen: set[tuple[str, ...]]) -> np.ndarray:
+    """Share of each text's word bigrams that are not in `seen` (those of the task rows and of a reservoir of earlier texts). (N,)"""
+    out = np.zeros(len(texts))
+    for i, text in enumerate(texts):
+        grams = ngrams(words(text), 2)
+        out[i] = sum(g not in seen for g in grams) / len(grams) if grams else 0.0
+    return out
+
+
+def domain(embeddings: np.ndarray, task_embeddings: np.ndarray, k: int = 5) -> np.ndarray:
+    """Mean cosine similarity to the k nearest task rows. (N, d), (M, d) -> (N,)"""
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(1e-9)
+    task = task_embeddings / np.linalg.norm(task_embeddings, axis=1, keepdims=True).clip(1e-9)
+    similar = unit @ task.T
+    k = min(k, similar.shape[1])
+    return np.sort(similar, axis=1)[:, -k:].mean(1)
+
+
+def length(counts: np.ndarray, ended: np.ndarray, low: float, high: float) -> np.ndarray:
+    """1 for a text that ended itself within [low, high] tokens, else less the further it is away; a cut text loses 1. (N,)"""
+    short = np.clip((low - counts) / max(low, 1), 0, 1)
+    long = np.clip((counts - high) / max(high, 1), 0, 1)
+    return 1.0 - short - long - (~ended.astype(bool)).astype(float)
+
+
+def distinct(texts: Iterable[str], n: int = 2) -> float:
+    """distinct-n: different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055)."""
+    grams = [g for t in texts for g in ngrams(words(t), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def custom_term(path: str) -> Callable[[list[str], list[str]], Any]:
+    """The function behind `package.module:function`. Raises ConfigError when there is none."""
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"reinforce.custom_rewards: {path!r} cannot be imported ({error}); expected package.module:function") from None

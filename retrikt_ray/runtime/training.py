@@ -1,0 +1,187 @@
+"""Ray Train, once for all training stages: start the workers, share gradients, checkpoint, resume.
+
+Every training loop of this package is a function of (seed, step): batches, dropout and sampling are keyed by both, and the learning rate
+is computed from the step. So a run that was killed and resumed ends with the weights of an undisturbed one.
+Checkpoints are safetensors and JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retrikt_ray.runtime.cluster import Workers
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.progress import follow
+
+
+def launch(
+    loop: Callable[[dict[str, Any]], None], config: dict[str, Any], workers: Workers, scratch: Folder, name: str, label: str
+) -> None:
+    """Run `loop` on Ray Train workers and wait. `scratch` keeps its checkpoints: the same name resumes.
+
+    Raises what the loop raised, after Ray's retries of lost workers.
+    """
+    import pyarrow.fs
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    fs, path = scratch._fs()
+    filesystem = None if scratch.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    with follow(label, "steps") as board:
+        trainer = TorchTrainer(
+            loop,
+            train_loop_config=config | {"board": board, "threads": workers.threads},
+            scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=3),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.WorkerGroupError as error:
+            first = next(iter(error.worker_failures.values()), error)
+            cause = getattr(first, "cause", None) or first.__cause__ or first
+            raise RuntimeError(f"{label} failed in a Ray Train worker: {type(cause).__name__}: {cause}") from error
+
+
+def seed_everything(*key: object) -> None:
+    """Seed torch, numpy and random from a key such as (seed, step, rank)."""
+    value = random.Random(":".join(map(str, key))).getrandbits(32)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def epoch_batches(count: int, batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of every step: each epoch a new order that depends on (seed, epoch) alone; the last batch may be short."""
+    for epoch in range(epochs):
+        order = list(range(count))
+        random.Random(f"{seed}:epoch:{epoch}").shuffle(order)
+        for start in range(0, count, batch):
+            yield order[start : start + batch]
+
+
+def warmup_linear(step: int, total: int, warmup: float = 0.1) -> float:
+    """Learning-rate factor: linear up over the first `warmup` of the steps, then linear down to zero."""
+    up = max(1, int(total * warmup))
+    return (step + 1) / up if step < up else max(0.0, (total - step) / max(1, total - up))
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """State of an Adam-type optimizer as flat tensors: `{i}.{name}`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{k}": torch.as_tensor(v).clone() for i, entry in state.items() for k, v in entry.items()}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+class Solo:
+    """A training that runs alone in this process, without checkpoints: small baselines. The face that `Session` has, too."""
+
+    rank, world, start = 0, 1, 0
+
+    def __init__(self, optimizer: torch.optim.Optimizer, total: int) -> None:
+        self.optimizer, self.total = optimizer, total
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+
+    def mine(self, rows: list[int]) -> list[int]:
+        """This worker's part of a global batch."""
+        return rows[self.rank :: self.world]
+
+    def set_rate(self, step: int) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * warmup_linear(step, self.total)
+
+    def update(self, weight: float = 1.0, clip: float = 1.0) -> None:
+        """Average the gradients over the workers, clip, and update. weight: this worker's share of the global batch's rows."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.world > 1:
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(weight)
+                dist.all_reduce(p.grad)
+        torch.nn.utils.clip_grad_norm_(params, clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def done(self, step: int, note: str = "") -> None:
+        """`step` steps are done."""
+
+
+class Session(Solo):
+    """A training loop inside a Ray Train worker."""
+
+    def __init__(self, config: dict[str, Any], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], total: int) -> None:
+        """tensors: everything that a checkpoint holds beside the optimizer, by name; restored in place."""
+        import ray.train
+
+        super().__init__(optimizer, total)
+        torch.set_num_threads(config["threads"])
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.board, self.tensors = config["board"], tensors
+        self.every = max(1, total // 8)
+        self.notes: dict[str, Any] = {}
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                self._restore(Path(folder))
+
+    def _restore(self, folder: Path) -> None:
+        saved = load_file(folder / "tensors.safetensors")
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(saved[name])
+        load_optimizer_state(self.optimizer, load_file(folder / "optimizer.safetensors"))
+        state = json.loads((folder / "state.json").read_text())
+        self.start, self.notes = state["step"], state["notes"]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the workers."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def done(self, step: int, note: str = "") -> None:
+        """Tell the driver that `step` steps are done, and checkpoint every eighth of the way."""
+        if self.rank == 0:
+            self.board.post.remote(step, self.total, note)
+        if step % self.every == 0 or step == self.total:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        import ray.train
+
+        if self.rank:
+            ray.train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            save_file({k: v.detach().contiguous().cpu() for k, v in self.tensors.items()}, folder / "tensors.safetensors")
+            save_file({k: v.contiguous().cpu() for k, v in optimizer_state(self.optimizer).items()}, folder / "optimizer.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": step, "notes": self.notes}))
+            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(name))

@@ -1,0 +1,194 @@
+"""The annotator: a classifier (or regressor) that labels generated texts and embeds them.
+
+Three kinds behind one face:
+  prompt    the frozen base LM, a soft prompt in front of the text, a linear head
+  base      a copy of the base LM, fine-tuned whole, with a linear head
+  <path>    any encoder or LM (`AutoModel`), fine-tuned whole, with a linear head: often the best annotator
+
+The head of an encoder reads the mean of its last states. The head of an LM reads three things at once (concat pooling, after Howard & Ruder
+2018, section 3.3): the mean token embedding, and the mean and maximum of the states of its middle layer, where an LM knows most of the text
+and least of the next token. docs/lab-notes.md has the figures.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import dropout, layer_norm
+from transformers import AutoModel, AutoTokenizer
+
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.teacher.lm import model_path, pick_device, pick_dtype
+
+HEAD_DROPOUT = 0.2
+TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
+
+Text = tuple[str, str | None]  # a text and, in pair tasks, its second text
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens. hidden (B, T, d), mask (B, T) -> (B, d)."""
+    weights = mask.to(hidden.dtype)[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+
+
+def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over the real tokens, 0 where there is none. hidden (B, T, d), mask (B, T) -> (B, d)."""
+    best = hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
+    return torch.where(mask.any(1, keepdim=True), best, torch.zeros_like(best))
+
+
+def is_lm(backbone: Any) -> bool:
+    """Whether the checkpoint was trained as a causal LM."""
+    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in backbone.config.architectures or [])
+
+
+class Classifier(nn.Module):
+    """backbone -> pooling over the text's tokens -> linear head.
+
+    `outputs` is the number of classes, or 1 for regression, whose targets are standardised by `shift` and `scale`.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int, concat: bool) -> None:
+        super().__init__()
+        self.backbone, self.tokenizer, self.max_tokens = backbone, tokenizer, max_tokens
+        dim = backbone.get_input_embeddings().weight.shape[1]
+        self.concat = concat
+        self.temperature = 1.0  # of the softmax of `annotate`, fitted on validation after training
+        width = backbone.config.hidden_size * (3 if self.concat else 1)
+        self.soft = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02) if soft_tokens else None
+        self.head = nn.Linear(width, outputs)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("shift", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        if soft_tokens:
+            backbone.requires_grad_(False)
+
+    @staticmethod
+    def start(kind: str, base: str, dtype: str, outputs: int, soft_tokens: int, max_tokens: int) -> Classifier:
+        """A classifier before training. kind: `prompt`, `base`, or a model folder or hub id."""
+        device = pick_device()
+        path = model_path(base if kind in ("prompt", "base") else kind)
+        trained = kind != "prompt"  # weights that an optimizer updates stay float32
+        backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if trained else pick_dtype(dtype, device))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return Classifier(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens, is_lm(backbone)).to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def parameters_in_all(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def encode(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, right-padded, (B, T) each. LMs see a pair as two lines, encoders in their own pair format."""
+        tokenizer = self.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "right"
+        firsts, seconds = [t for t, _ in texts], [p for _, p in texts]
+        paired = seconds[0] is not None
+        if paired and tokenizer.sep_token is None:
+            firsts, paired = [f"{a}\n{b}" for a, b in texts], False
+        batch = tokenizer(
+            firsts, seconds if paired else None, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, outputs) and the embedding that the head reads, (B, width); both float32."""
+        if self.soft is None:
+            out = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=self.concat)
+            skip = 0
+        else:
+            tokens = self.backbone.get_input_embeddings()(ids)
+            skip = len(self.soft)
+            full = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, skip), mask], 1)
+            embeds = torch.cat([self.soft.to(tokens.dtype)[None].expand(len(ids), -1, -1), tokens], 1)
+            out = self.backbone(inputs_embeds=embeds, attention_mask=full, output_hidden_states=self.concat)
+        if self.concat:
+            first, middle = (out.hidden_states[i][:, skip:].float() for i in (0, len(out.hidden_states) // 2))
+            parts = (mean_pool(first, mask), mean_pool(middle, mask), max_pool(middle, mask))
+            pooled = torch.cat([layer_norm(p, p.shape[-1:]) for p in parts], -1)
+        else:
+            pooled = mean_pool(out.last_hidden_state[:, skip:], mask).float()
+        return self.head(dropout(pooled, HEAD_DROPOUT, self.training)), pooled
+
+    @torch.inference_mode()
+    def annotate(self, texts: list[Text], batch: int = 64) -> tuple[Tensor, Tensor]:
+        """Class probabilities (N, C), or the predicted value (N, 1) in regression, and embeddings (N, width); on the CPU.
+
+        Texts of like length share a batch, so that little is padding.
+        """
+        self.eval()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]) + len(texts[i][1] or ""))
+        answers: list[Any] = [None] * len(texts)
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            logits, pooled = self(*self.encode([texts[i] for i in rows]))
+            out = torch.softmax(logits / self.temperature, -1) if logits.shape[1] > 1 else logits * self.scale + self.shift
+            for i, a, b in zip(rows, out.cpu(), pooled.cpu(), strict=True):
+                answers[i] = (a, b)
+        return torch.stack([a for a, _ in answers]), torch.stack([b for _, b in answers])
+
+    def calibrate(self, texts: list[Text], truth: Tensor) -> float:
+        """Fit the temperature to the true classes of held-out texts by log loss (Guo et al. 2017, section 4.2) and keep it.
+
+        Fine-tuned on a few hundred rows, a classifier is nearly certain of everything; a student learns little from such labels.
+        """
+        self.temperature = 1.0
+        log_p = torch.log(self.annotate(texts)[0].clamp(min=1e-12))
+        losses = {t: torch.nn.functional.cross_entropy(log_p / t, truth).item() for t in TEMPERATURES}
+        self.temperature = min(losses, key=losses.__getitem__)
+        return self.temperature
+
+    def trained(self) -> dict[str, Tensor]:
+        """Everything that training changed, beside the backbone's own weights where those are frozen."""
+        frozen = self.soft is not None
+        return {k: v for k, v in self.state_dict().items() if not (frozen and k.startswith("backbone."))}
+
+    def save(self, out: Folder, kind: str, base: str, dtype: str) -> None:
+        """`classifier/`: head.safetensors and classifier.json, and for fine-tuned backbones `backbone/` in Hugging Face layout."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
+            save_file(tensors, folder / "head.safetensors")
+            if self.soft is None:
+                self.backbone.save_pretrained(folder / "backbone")
+                self.tokenizer.save_pretrained(folder / "backbone")
+            (out / "classifier").upload(folder)
+        card = {
+            "kind": kind,
+            "base": base,
+            "dtype": dtype,
+            "outputs": self.head.out_features,
+            "max_tokens": self.max_tokens,
+            "concat": self.concat,
+            "temperature": self.temperature,
+        }
+        (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
+
+    @staticmethod
+    def load(teacher: Folder) -> Classifier:
+        """The trained annotator of a `teacher/` artifact."""
+        card = (teacher / "classifier").read_json("classifier.json")
+        folder = teacher.local() / "classifier"
+        path = str(folder / "backbone") if card["soft_tokens"] == 0 else model_path(card["base"])
+        device = pick_device()
+        backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        made = Classifier(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
+        made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
+        made.temperature = card.get("temperature", 1.0)
+        return made.eval().requires_grad_(False)

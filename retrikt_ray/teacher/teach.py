@@ -1,0 +1,221 @@
+"""Stage 2, teach: tune the generation prompt and the annotator on the labelled rows. Two Ray Train runs.
+
+The generation prompt: soft tokens are trained by the likelihood of the training texts under the frozen base (Lester et al. 2021), and by a
+contrast: a text should be likelier under its own condition's prompt than under another's. Likelihood alone gives texts of the domain but
+of no particular label, since the label explains little of a text's likelihood.
+
+Left out on purpose: early stopping. Both trainings are a fixed number of epochs, so that the few labelled rows are not spent on stopping.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from pydantic import Field
+
+from retrikt_ray.runtime.cluster import plan
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.settings import Scaled
+
+VERSION = 2
+WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
+
+
+class TeachConfig(Scaled):
+    """The teacher: a frozen base LM, its generation prompt, and the annotator."""
+
+    base: str = Field("embedded", description="Causal LM: a local folder, a hub id, or `embedded` (the 6.8M LM in this package).")
+    dtype: str = Field(
+        "auto",
+        pattern="^(auto|float32|bfloat16|float16)$",
+        description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs.",
+    )
+    annotator: str = Field(
+        "base",
+        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (fine-tuned copy of the base), or the folder or hub id of an encoder that is fine-tuned.",
+    )
+    shared_tokens: int = Field(8, ge=1, description="Soft tokens that all conditions share (they learn the domain).")
+    class_tokens: int = Field(8, ge=1, description="Soft tokens of each condition (they learn the label).")
+    max_tokens: int = Field(64, ge=4, description="Tokens of a text that are used, in the LM and in the annotator.")
+    prompt_epochs: int = Field(6, ge=1, description="Passes over the training rows for the generation prompt.")
+    prompt_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the generation prompt.")
+    prompt_batch: int = Field(16, ge=1, description="Texts per step for the generation prompt.")
+    contrast: float = Field(
+        0.5, ge=0, description="Weight of the contrast between the right and a wrong condition's prompt; 0: likelihood only."
+    )
+    annotator_epochs: int = Field(10, ge=1, description="Passes over the training rows for the annotator.")
+    annotator_learning_rate: float = Field(
+        0,
+        ge=0,
+        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 1e-4 for backbones below 100M parameters, else 2e-5.",
+    )
+    annotator_batch: int = Field(16, ge=1, description="Texts per step for the annotator.")
+    annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
+
+
+def joined(row: dict[str, Any]) -> str:
+    """The text that a generated sequence spells: a pair is two lines."""
+    return row["text"] if row["text_pair"] is None else f"{row['text']}\n{row['text_pair']}"
+
+
+def prompt_loop(config: dict[str, Any]) -> None:
+    """Train the generation prompt (in a Ray Train worker) and write `prompts/`."""
+    import torch
+    from torch.nn.functional import softplus
+
+    from retrikt_ray.runtime import training
+    from retrikt_ray.teacher import lm, prompts
+
+    c, task = TeachConfig(**config["section"]), config["task"]
+    rows = Folder(config["task_uri"]).read_table("train.parquet").to_pylist()
+    base = lm.Base.load(c.base, c.dtype)
+    templates = [task["template"].format(label=name) for name in task["conditions"]]
+    groups = [[joined(r) for r in rows if r["condition"] == i] for i in range(len(templates))]
+    prompt = prompts.from_texts(base, groups, c.shared_tokens, c.class_tokens, config["seed"]).to(base.device)
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=c.prompt_learning_rate, weight_decay=0.0)
+    batches = list(training.epoch_batches(len(rows), c.prompt_batch, c.prompt_epochs, config["seed"]))
+    session = training.Session(config, optimizer, dict(prompt.state_dict(keep_vars=True)), len(batches))
+
+    def text_log_prob(prefix: Any, conditions: Any, ids: Any, mask: Any) -> Any:
+        logits, _ = lm.score(base, prefix, conditions, ids, mask)
+        return (lm.log_probs_of(logits, ids) * mask).sum(1)
+
+    for step in range(session.start, len(batches)):
+        rng = random.Random(f"{config['seed']}:contrast:{step}")
+        others = [rng.choice([i for i in range(len(templates)) if i != rows[r]["condition"]]) for r in batches[step]]
+        mine = session.mine(list(range(len(batches[step]))))
+        session.set_rate(step)
+        note = ""
+        if mine:
+            batch = [rows[batches[step][i]] for i in mine]
+            ids, mask = base.encode([joined(r) for r in batch], c.max_tokens)
+            right = torch.tensor([r["condition"] for r in batch], device=base.device)
+            wrong = torch.tensor([others[i] for i in mine], device=base.device)
+            prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), templates, right, wrong)
+            log_p = text_log_prob(prefix, right, ids, mask)
+            loss = -(log_p / mask.sum(1)).mean()
+            note = f"loss {loss.item():.3f}"
+            if c.contrast:
+                margin = log_p - text_log_prob(prefix, wrong, ids, mask)
+                loss = loss + c.contrast * softplus(-margin).mean()
+                note += f", right prompt likelier {(margin > 0).float().mean().item():.0%}"
+            loss.backward()
+        session.update(len(mine) / len(batches[step]))
+        session.done(step + 1, note)
+    if session.rank == 0:
+        prompts.save_prompts(Folder(config["out_uri"]), prompt(), c.base)
+
+
+def annotator_loop(config: dict[str, Any]) -> None:
+    """Fine-tune the annotator (in a Ray Train worker) and write `classifier/`."""
+    import torch
+    from torch.nn.functional import cross_entropy, mse_loss
+
+    from retrikt_ray.runtime import training
+    from retrikt_ray.teacher.annotator import Classifier
+
+    c, task = TeachConfig(**config["section"]), config["task"]
+    rows = Folder(config["task_uri"]).read_table("train.parquet").to_pylist()
+    outputs = len(task["labels"]) or 1
+    training.seed_everything(config["seed"], "annotator")
+    model = Classifier.start(c.annotator, c.base, c.dtype, outputs, c.annotator_soft_tokens, c.max_tokens)
+    values = torch.tensor([r["value"] for r in rows], device=model.device)
+    if outputs == 1:
+        model.shift.copy_(values.mean())
+        model.scale.copy_(values.std().clamp(min=1e-6))
+    rate = c.annotator_learning_rate or (1e-2 if c.annotator == "prompt" else 1e-4 if model.parameters_in_all < 100e6 else 2e-5)
+    table = model.backbone.get_input_embeddings().weight
+    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not table and not n.startswith("head.")]
+    groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
+    if table.requires_grad:
+        # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
+        groups.append({"params": [table], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    batches = list(training.epoch_batches(len(rows), c.annotator_batch, c.annotator_epochs, config["seed"]))
+    session = training.Session(config, optimizer, model.trained(), len(batches))
+    for step in range(session.start, len(batches)):
+        mine = session.mine(batches[step])
+        session.set_rate(step)
+        training.seed_everything(config["seed"], step, session.rank)  # dropout
+        note = ""
+        if mine:
+            model.train()
+            ids, mask = model.encode([(rows[i]["text"], rows[i]["text_pair"]) for i in mine])
+            hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
+            hidden[:, 0] = False  # something must be left to attend to
+            logits, _ = model(ids, mask * ~hidden if model.concat else mask)
+            target = values[mine]
+            loss = (
+                cross_entropy(logits, target.long())
+                if outputs > 1
+                else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
+            )
+            loss.backward()
+            note = f"loss {loss.item():.3f}"
+        session.update(len(mine) / len(batches[step]))
+        session.done(step + 1, note)
+    if session.rank == 0:
+        model.save(Folder(config["out_uri"]), c.annotator, c.base, c.dtype)
+
+
+def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
+    """Write `teacher/`: prompts/ (PEFT adapters), classifier/, teacher.json.
+
+    1. Train the generation prompt.  2. Train the annotator.  3. Calibrate and judge the annotator on validation.
+    """
+    import ray
+
+    from retrikt_ray.runtime.training import launch
+
+    workers = plan(config, "teach", cpus=2, grow=False)
+    teacher, task = out["teacher"], inputs["task"].read_json("task.json")
+    common = {
+        "section": config.model_dump(),
+        "task": task,
+        "task_uri": inputs["task"].uri,
+        "out_uri": teacher.uri,
+        "seed": seed,
+    }
+    scratch = out["scratch"]
+
+    # 1. the generation prompt
+    if not teacher.exists("prompts/000/adapter_config.json") or not teacher.exists(
+        f"prompts/{len(task['conditions']) - 1:03d}/adapter_config.json"
+    ):
+        launch(prompt_loop, common, workers, scratch, "prompt", "teach: prompt")
+    # 2. the annotator
+    if not teacher.exists("classifier/classifier.json"):
+        launch(annotator_loop, common, workers, scratch, "annotator", "teach: annotator")
+
+    # 3. calibrate and judge it
+    judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(judge).remote(teacher, inputs["task"], workers.threads))
+    teacher.write_json(
+        "teacher.json",
+        {"base": config.base, "dtype": config.dtype, "annotator": config.annotator, "max_tokens": config.max_tokens} | judged,
+    )
+    return {"annotator": config.annotator, "parameters": judged["parameters"], "validation": judged["validation"]}
+
+
+def judge(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
+    """Calibrate the annotator on validation, and tell its score there and its size (a Ray task)."""
+    import torch
+
+    from retrikt_ray.task.metrics import score
+    from retrikt_ray.teacher.annotator import Classifier
+
+    torch.set_num_threads(threads)
+    rows = task.read_table("validation.parquet").to_pylist()
+    model = Classifier.load(teacher)
+    texts = [(r["text"], r["text_pair"]) for r in rows]
+    if model.head.out_features > 1:
+        truth = torch.tensor([int(r["value"]) for r in rows])
+        card = (teacher / "classifier").read_json("classifier.json")
+        (teacher / "classifier").write_json("classifier.json", card | {"temperature": model.calibrate(texts, truth)})
+    metric = task.read_json("task.json")["metric"]
+    probs, _ = model.annotate(texts)
+    return {
+        "parameters": model.parameters_in_all,
+        "temperature": model.temperature,
+        "validation": round(score(metric, [r["value"] for r in rows], probs.numpy()), 4),
+    }

@@ -1,0 +1,137 @@
+"""BM25 over shards: the scores of the library bm25s, the same from any number of shards, and the same before and after compaction."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrikt_ray.index.build import Source, count_words, edges
+from retrikt_ray.index.lexical import Lexical, Postings
+from retrikt_ray.runtime import artifacts
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+
+WORDS = [
+    "a",
+    "the",
+    "film",
+    "play",
+    "plot",
+    "cast",
+    "is",
+    "was",
+    "fine",
+    "warm",
+    "Brave",
+    "sharp",
+    "dull",
+    "cold",
+    "slow",
+    "weak",
+    "3",
+    "naïve",
+    "電影",
+]
+
+
+def sentences(rng: np.random.Generator, count: int) -> list[tuple[str, str | None]]:
+    weights = 1 / np.arange(1, len(WORDS) + 1)
+    return [(" ".join(rng.choice(WORDS, rng.integers(1, 12), p=weights / weights.sum())), None) for _ in range(count)]
+
+
+def cut(texts: list[tuple[str, str | None]], shards: int) -> Lexical:
+    return Lexical([Postings.of([texts[low:high]], low) for low, high in edges(len(texts), shards)])
+
+
+def tokens(text: str) -> list[str]:
+    return re.findall(r"(?u)\b\w+\b", text.lower())
+
+
+def test_scores_by_hand() -> None:
+    # 3 rows of 2, 3 and 1 words, mean 2. "film" is in rows 0 and 1 (twice there), "dull" in row 2 alone.
+    words = cut([("fine film", None), ("film film fine", None), ("dull", None)], 1)
+    idf = np.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    want = [idf * 2 / (2 + 1.5 * (0.25 + 0.75 * 3 / 2)), idf * 1 / (1 + 1.5 * (0.25 + 0.75 * 2 / 2))]
+    found, scores = words.search([("film", None)], 3)
+    assert found.tolist() == [[1, 0, -1]]
+    np.testing.assert_allclose(scores[0, :2], want, rtol=1e-6)
+    assert scores[0, 2] == -np.inf
+    twice = words.search([("film film", None)], 2)[1]  # a word counts as often as the query has it
+    np.testing.assert_allclose(twice[0], 2 * np.array(want), rtol=1e-6)
+    assert words.search([("unheard of", None)], 2)[0].tolist() == [[-1, -1]]
+
+
+def test_scores_are_those_of_bm25s() -> None:
+    rng = np.random.default_rng(0)
+    texts, queries = sentences(rng, 300), sentences(rng, 40)
+    library = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    library.index([tokens(t) for t, _ in texts], show_progress=False)
+    found, scores = cut(texts, 3).search(queries, 300)
+    for (query, _), ids, got in zip(queries, found, scores, strict=True):
+        want = library.get_scores(tokens(query))
+        np.testing.assert_allclose(got[ids >= 0], want[ids[ids >= 0]], rtol=1e-4, atol=1e-6)
+        assert sorted(ids[ids >= 0].tolist()) == np.flatnonzero(want > 1e-7).tolist()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.sampled_from([1, 2, 3, 7, 16]), st.integers(1, 60))
+def test_any_number_of_shards_gives_the_same_bits(seed: int, rows: int, shards: int, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    texts, queries, allowed = sentences(rng, rows), sentences(rng, 4), rng.random(rows) < 0.6
+    one, many = cut(texts, 1), cut(texts, shards)
+    for mask in (None, allowed):
+        for got, want in zip(many.search(queries, k, mask), one.search(queries, k, mask), strict=True):
+            np.testing.assert_array_equal(got, want)
+    found = one.search(queries, k, allowed)[0]
+    assert allowed[found[found >= 0]].all()
+
+
+def test_edits_score_as_an_index_made_anew() -> None:
+    rng = np.random.default_rng(1)
+    texts, more, queries = sentences(rng, 60), sentences(rng, 9), sentences(rng, 10)
+    alive = rng.random(69) < 0.7
+    edited = cut(texts, 3).edited(more, alive)
+    anew = cut([t for t, a in zip(texts + more, alive, strict=True) if a], 2)
+    ids, scores = edited.search(queries, 100)
+    want, want_scores = anew.search(queries, 100)
+    np.testing.assert_array_equal(np.where(want >= 0, np.flatnonzero(alive)[want], -1), ids)
+    np.testing.assert_array_equal(scores, want_scores)
+
+
+def test_pairs_and_case() -> None:
+    words = cut([("A Fine film", "dull"), ("other", "words")], 1)
+    assert words.search([("DULL", None)], 1)[0].tolist() == [[0]] and words.search([("x", "FINE")], 1)[0].tolist() == [[0]]
+
+
+def test_postings_on_disk(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts, queries = sentences(rng, 50), sentences(rng, 5)
+    store, index = Folder.at(tmp_path / "store"), Folder.at(tmp_path / "index")
+    for i, (low, high) in enumerate(((0, 20), (20, 50))):
+        store.write_table(
+            f"part-{i:05d}.parquet", pa.table({"text": [t for t, _ in texts[low:high]], "text_pair": pa.nulls(high - low, pa.string())})
+        )
+    ranges = edges(50, 4)
+    names = [count_words(Source.of(store), low, high, index, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(ranges)]
+    index.write_json("index.json", {"words": names})
+    artifacts.seal(index, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
+    opened = Lexical.open(index)
+    for got, want in zip(opened.search(queries, 9), cut(texts, 1).search(queries, 9), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not opened.shards[0].rows.flags.owndata  # memory-mapped
+    path = tmp_path / "index" / "words-0002.arrow"
+    path.write_bytes(path.read_bytes()[:-9] + b"\0" + path.read_bytes()[-8:])
+    with pytest.raises(ArtifactError, match=r"words-0002\.arrow was altered"):
+        Lexical.open(index)
+
+
+def test_an_empty_shard_and_an_empty_query() -> None:
+    words = Lexical([Postings.of([], 0), Postings.of([[("a film", None)]], 0)])
+    assert words.search([("film", None), ("?!", None)], 2)[0].tolist() == [[0, -1], [-1, -1]]

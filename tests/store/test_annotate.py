@@ -1,0 +1,175 @@
+"""Which rows enter the store: the key of a text, and every reason to reject it, in order. (The stage itself needs Ray: test_pipeline.)"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.store.annotate import CHUNK, AnnotateConfig, has_text, key, reject_reason, sources, store_schema
+
+
+def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"text": text, "text_pair": text_pair, "finished": True, "probs": [0.3, 0.7], "condition": 1} | more
+
+
+def reason(
+    given: dict[str, Any], source: str = "generated", held_out: tuple[str, ...] = (), seen: tuple[str, ...] = (), **config: Any
+) -> str | None:
+    return reject_reason(given, source, {key(t, None) for t in held_out}, {key(t, None) for t in seen}, AnnotateConfig(**config))
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_key_forgets_case_spacing_and_punctuation() -> None:
+    assert key("A fine  film!", None) == key("a fine, film", None) == key("a_fine-film.", "")
+    assert len(key("x", None)) == 24
+    different = [
+        ("a fine film", None),
+        ("a fine plot", None),
+        ("film fine a", None),
+        ("a fine film 2", None),
+        ("größe", None),
+        ("grosse", None),
+    ]
+    different += [("a fine film", "b"), ("b", "a fine film"), ("ab", "c"), ("a", "bc"), ("abc", None)]
+    assert len({key(*d) for d in different}) == len(different)
+
+
+def test_key_keeps_letters_of_every_script() -> None:
+    """Vowel signs are combining marks, and part of the word: day, donation; small, big."""
+    assert len({key(word, None) for word in ("दिन", "दान", "दीन")}) == 3
+    assert key("दिन!", None) == key(" दिन", None)
+    assert key("映画", None) != key("映像", None)
+
+
+def test_key_of_a_text_without_letters_is_the_text() -> None:
+    assert len({key(text, None) for text in ("!!!", "...", ":)", "\U0001f600", "\U0001f621")}) == 5
+    assert key("ｆｉｌｍ", None) == key("film", None)  # full-width letters are letters
+
+
+def test_has_text() -> None:
+    assert has_text(row()) and has_text(row(text_pair="b"))
+    assert not has_text(row(text="")) and not has_text(row(text_pair="")) and not has_text(row(text=None))
+
+
+# -- reasons -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_row_is_kept_and_remembered() -> None:
+    seen: set[str] = set()
+    assert reject_reason(row(), "generated", set(), seen, AnnotateConfig()) is None
+    assert seen == {key("a fine film", None)}
+    assert reject_reason(row("A fine film."), "generated", set(), seen, AnnotateConfig()) == "duplicate"
+    assert reject_reason(row("A fine film.", "b"), "generated", set(), seen, AnnotateConfig()) is None  # another pair
+
+
+def test_a_rejected_row_does_not_shadow_a_later_one() -> None:
+    seen: set[str] = set()
+    config = AnnotateConfig(min_confidence=0.8, min_words=3, require_agreement=True, keep_unfinished=False)
+    for bad in (row(probs=[0.5, 0.5]), row("a b"), row(finished=False), row(probs=[0.9, 0.1]), row("")):
+        assert reject_reason(bad, "generated", set(), seen, config) is not None
+    assert seen == set()
+    assert reject_reason(row(probs=[0.1, 0.9]), "generated", set(), seen, config) is None
+
+
+@pytest.mark.parametrize("source", ["generated", "task", "unlabelled"])
+def test_empty_leakage_and_duplicates_are_rejected_whatever_the_source(source: str) -> None:
+    assert reason(row(""), source) == "empty"
+    assert reason(row(text_pair=""), source) == "empty"
+    assert reason(row("A FINE film"), source, held_out=("a fine film",)) == "leakage"
+    assert reason(row("A FINE film"), source, seen=("a fine film",)) == "duplicate"
+
+
+def test_too_short() -> None:
+    assert reason(row("one two"), min_words=3) == "too_short"
+    assert reason(row("one two"), "unlabelled", min_words=3) == "too_short"
+    assert reason(row("one two"), "task", min_words=3) is None  # the user's own rows stay
+    assert reason(row("one two three"), min_words=3) is None
+
+
+def test_unfinished() -> None:
+    assert reason(row(finished=False)) is None
+    assert reason(row(finished=False), keep_unfinished=False) == "unfinished"
+    assert reason(row(finished=None), "unlabelled", keep_unfinished=False) is None  # only what was generated can be cut off
+
+
+def test_low_confidence() -> None:
+    assert reason(row(), min_confidence=0.71) == "low_confidence"
+    assert reason(row(), min_confidence=0.7) is None
+    assert reason(row(condition=None), "unlabelled", min_confidence=0.71) == "low_confidence"
+    assert reason(row(), "task", min_confidence=0.71) is None
+
+
+def test_label_disagreement() -> None:
+    assert reason(row(condition=0), require_agreement=True) == "label_disagreement"
+    assert reason(row(condition=1), require_agreement=True) is None
+    assert reason(row(condition=0)) is None
+    assert reason(row(condition=None), "unlabelled", require_agreement=True) is None
+
+
+def test_values_of_a_regression_are_no_confidences() -> None:
+    assert reason(row(probs=[0.1], condition=3), min_confidence=0.9, require_agreement=True) is None
+
+
+def test_the_first_reason_counts() -> None:
+    """A row for which everything is wrong, mended from the front."""
+    strict = {"min_words": 2, "keep_unfinished": False, "min_confidence": 0.8, "require_agreement": True}
+    bad = {"finished": False, "probs": [0.6, 0.4]}
+    assert reason(row("", **bad), held_out=("",), seen=("",), **strict) == "empty"
+    assert reason(row("dull", **bad), held_out=("dull",), seen=("dull",), **strict) == "leakage"
+    assert reason(row("dull", **bad), seen=("dull",), **strict) == "too_short"
+    assert reason(row("so dull", **bad), seen=("so dull",), **strict) == "unfinished"
+    assert reason(row("so dull", **bad | {"finished": True}), seen=("so dull",), **strict) == "duplicate"
+    assert reason(row("so dull", **bad | {"finished": True}), **strict) == "low_confidence"
+    assert reason(row("so dull", probs=[0.9, 0.1]), **strict) == "label_disagreement"
+    assert reason(row("so dull", probs=[0.1, 0.9]), **strict) is None
+
+
+# -- the store's shape -------------------------------------------------------------------------------------------------
+
+
+def test_store_schema() -> None:
+    schema = store_schema(3)
+    assert [f"{f.name}: {f.type}" for f in schema] == [
+        "id: string",
+        "text: string",
+        "text_pair: string",
+        "asked_label: string",
+        "condition: int32",
+        "value: double",
+        f"teacher_probs: {pa.list_(pa.float32())}",
+        f"teacher_embedding: {pa.list_(pa.float32(), 3)}",
+        "source: string",
+        "created_by: string",
+    ]
+    assert schema.field("teacher_embedding").type.list_size == 3
+    good = {"id": "a", "text": "t", "teacher_probs": [0.5], "teacher_embedding": [1, 2, 3]}
+    assert pa.Table.from_pylist([good], schema=schema).num_rows == 1
+    with pytest.raises(pa.ArrowInvalid):
+        pa.Table.from_pylist([good | {"teacher_embedding": [1, 2]}], schema=schema)
+
+
+def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: Any) -> None:
+    """Task rows first, generated ones last; long files in chunks; every row in exactly one of them."""
+    task, generated = Folder.at(tmp_path / "task"), Folder.at(tmp_path / "generated")
+    for folder, name, rows in (
+        (generated, "part-00001.parquet", 3),
+        (generated, "part-00000.parquet", CHUNK),
+        (task, "unlabelled.parquet", 0),
+        (task, "train.parquet", CHUNK + 1),
+    ):
+        folder.write_table(name, pa.table({"id": [str(i) for i in range(rows)]}))
+    generated.write_bytes("manifest.json", b"{}")
+    chunks = sources({"task": task, "generated": generated})
+    assert [(c["part"], c["source"], c["name"], c["start"], c["rows"]) for c in chunks] == [
+        (0, "task", "train.parquet", 0, CHUNK),
+        (1, "task", "train.parquet", CHUNK, 1),
+        (2, "generated", "part-00000.parquet", 0, CHUNK),
+        (3, "generated", "part-00001.parquet", 0, 3),
+    ]
+    assert pq.read_metadata(pa.BufferReader(Folder(chunks[1]["uri"]).read_bytes(chunks[1]["name"]))).num_rows == CHUNK + 1

@@ -1,0 +1,220 @@
+"""The annotator: pooling by hand, answers that no batch changes, and its folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm
+from torch.testing import assert_close
+
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.teacher.annotator import Classifier, Text, is_lm, max_pool, mean_pool
+
+TEXTS: list[Text] = [
+    ("a fine film", None),
+    ("the cast was very weak and the plot so slow that nobody needs a film", None),
+    ("dull", None),
+    ("never a brave play", None),
+    ("warm music", None),
+]
+PAIRS: list[Text] = [("a fine film", "a warm play"), ("dull", "the cast was very fine and the plot brave"), ("never slow", "cold")]
+
+
+@pytest.fixture(params=["prompt", "base", "encoder"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def start(tiny_lm: str, tiny_encoder: str):
+    """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config."""
+
+    def make(kind: str, outputs: int = 3, max_tokens: int = 16) -> tuple[Classifier, str]:
+        torch.manual_seed(4)
+        name = tiny_encoder if kind == "encoder" else kind
+        model = Classifier.start(name, tiny_lm, "auto", outputs, 5, max_tokens)
+        torch.nn.init.normal_(model.head.weight, std=0.1)
+        torch.nn.init.normal_(model.head.bias)
+        if model.soft is not None:
+            torch.nn.init.normal_(model.soft)
+        return model.eval(), name
+
+    return make
+
+
+def test_mean_pool() -> None:
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]], [[5.0, 7.0], [9.0, 9.0], [9.0, 9.0]]])
+    assert mean_pool(hidden, torch.tensor([[1, 1, 0], [1, 0, 0]])).tolist() == [[2.0, 4.0], [5.0, 7.0]]
+
+
+def test_max_pool() -> None:
+    hidden = torch.tensor([[[-1.0, -8.0], [-3.0, -6.0], [0.0, 0.0]]])
+    assert max_pool(hidden, torch.tensor([[1, 1, 0]])).tolist() == [[-1.0, -6.0]]  # the padding's 0 is larger, and counts for nothing
+
+
+def test_is_lm(start) -> None:
+    assert [is_lm(start(k)[0].backbone) for k in ("prompt", "base", "encoder")] == [True, True, False]
+
+
+def test_an_encoder_head_reads_the_mean_of_the_last_states(start) -> None:
+    model, _ = start("encoder")
+    ids, mask = model.encode(TEXTS[:1])
+    assert model.tokenizer.convert_ids_to_tokens(ids[0].tolist()) == ["[CLS]", "a", "fine", "film", "[SEP]"]
+    with torch.no_grad():
+        logits, pooled = model(ids, mask)
+        want = model.backbone(input_ids=ids).last_hidden_state[0].mean(0)
+    assert_close(pooled[0], want, rtol=0, atol=1e-5)
+    assert_close(logits[0], model.head.weight @ want + model.head.bias, rtol=0, atol=1e-5)
+
+
+def test_an_lm_head_reads_token_embeddings_and_the_middle_layer(start) -> None:
+    model, _ = start("base")
+    ids, mask = model.encode(TEXTS[:1])
+    with torch.no_grad():
+        logits, pooled = model(ids, mask)
+        states = model.backbone(input_ids=ids, output_hidden_states=True).hidden_states  # embeddings, layer 1, layer 2
+        parts = [states[0][0].mean(0), states[1][0].mean(0), states[1][0].max(0).values]
+        want = torch.cat([layer_norm(p, (32,)) for p in parts])
+    assert pooled.shape == (1, 96)
+    assert_close(pooled[0], want, rtol=0, atol=1e-5)
+    assert_close(logits[0], model.head.weight @ want + model.head.bias, rtol=0, atol=1e-5)
+
+
+def test_soft_tokens_stand_in_front_and_are_not_pooled(start) -> None:
+    model, _ = start("prompt")
+    ids, mask = model.encode(TEXTS[:1])
+    with torch.no_grad():
+        _, pooled = model(ids, mask)
+        tokens = model.backbone.get_input_embeddings()(ids)
+        states = model.backbone(inputs_embeds=torch.cat([model.soft[None], tokens], 1), output_hidden_states=True).hidden_states
+        middle = states[1][0, 5:]
+        want = torch.cat([layer_norm(p, (32,)) for p in (tokens[0].mean(0), middle.mean(0), middle.max(0).values)])
+    assert_close(pooled[0], want, rtol=0, atol=1e-5)
+
+
+def test_annotate_does_not_depend_on_batch_or_order(start, kind: str) -> None:
+    model, _ = start(kind)
+    probs, embeddings = model.annotate(TEXTS, batch=64)
+    assert probs.shape == (5, 3) and embeddings.shape == (5, 32 if kind == "encoder" else 96)
+    assert_close(probs.sum(1), torch.ones(5), rtol=0, atol=1e-5)
+    assert (torch.cdist(probs, probs) + torch.eye(5)).min() > 1e-3  # the texts do differ
+    model.train()  # no dropout in answers, whatever went before
+    for order, batch in (([0, 1, 2, 3, 4], 1), ([4, 2, 0, 1, 3], 2), ([1, 0], 64)):
+        again, vectors = model.annotate([TEXTS[i] for i in order], batch=batch)
+        assert_close(again, probs[order], rtol=0, atol=1e-5)
+        assert_close(vectors, embeddings[order], rtol=0, atol=1e-5)
+
+
+def test_annotate_by_hand(start) -> None:
+    """Weights of zero leave the bias: classes get its softmax, values are scaled and shifted back."""
+    model, _ = start("encoder", outputs=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, math.log(3.0)])
+    assert_close(model.annotate(TEXTS[:2])[0], torch.tensor([[0.25, 0.75], [0.25, 0.75]]), rtol=0, atol=1e-6)
+    model, _ = start("encoder", outputs=1)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data.fill_(2.0)
+    model.shift.fill_(10.0)
+    model.scale.fill_(0.5)
+    assert model.annotate(TEXTS[:2])[0].tolist() == [[11.0], [11.0]]  # 2 * 0.5 + 10
+
+
+def test_calibrate_by_hand(start) -> None:
+    """Odds of 9 : 1 for class 1, which is right in 3 of 4 texts: odds of 3 : 1 would be right, and 9^(1/2) = 3."""
+    model, _ = start("encoder", outputs=2)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([0.0, math.log(9.0)])
+    texts, truth = TEXTS[:4], torch.tensor([1, 0, 1, 1])
+    # On the grid 0.5 * 1.1^i, the neighbours of 2 are 1.899 (p = 0.7607) and 2.089 (0.7411). Log loss -3/4 log p - 1/4 log(1 - p):
+    # 0.205119 + 0.357548 = 0.562667 and 0.224713 + 0.337843 = 0.562556.
+    assert model.calibrate(texts, truth) == model.temperature == 2.089
+    p = 1 / (1 + 9 ** (-1 / 2.089))
+    assert_close(model.annotate(texts[:1])[0], torch.tensor([[1 - p, p]]), rtol=0, atol=1e-6)
+    assert model.calibrate(texts, truth) == 2.089  # from the plain answers, whatever was fitted before
+
+
+def test_pairs(start) -> None:
+    encoder, _ = start("encoder")
+    ids, mask = encoder.encode(PAIRS[:1])
+    assert encoder.tokenizer.decode(ids[0]) == "[CLS] a fine film [SEP] a warm play [SEP]" and mask.all()
+    base, _ = start("base")
+    assert base.tokenizer.decode(base.encode(PAIRS[:1])[0][0]) == "a fine film\na warm play"  # an LM sees two lines
+    for model in (encoder, base):
+        probs, _ = model.annotate(PAIRS, batch=2)
+        assert_close(model.annotate(PAIRS[::-1], batch=3)[0], probs.flip(0), rtol=0, atol=1e-5)
+        other = model.annotate([(a, "weak") for a, _ in PAIRS])[0]
+        assert (probs - other).abs().amax(1).min() > 1e-3  # the second text counts
+
+
+def test_long_texts_are_cut(start, kind: str) -> None:
+    model, _ = start(kind, max_tokens=6)
+    ids, mask = model.encode([("a fine film " * 20, None), ("dull", None)])
+    assert ids.shape == (2, 6) and mask[0].all() and not mask[1].all()
+    assert mask[1].tolist() == sorted(mask[1].tolist(), reverse=True)  # padding is on the right
+
+
+def test_only_the_prompt_kind_is_frozen(start, kind: str) -> None:
+    model, _ = start(kind)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} < trainable
+    assert any(n.startswith("backbone.") for n in trainable) == (kind != "prompt")
+    assert any(n.startswith("backbone.") for n in model.trained()) == (kind != "prompt")
+    own = {"soft", "head.weight", "head.bias", "shift", "scale"}
+    assert own - set(model.trained()) == (set() if kind == "prompt" else {"soft"})
+    model.train()
+    model(*model.encode(TEXTS))[0].sum().backward()
+    assert all(p.grad is not None for p in ([model.soft] if kind == "prompt" else []))
+
+
+def test_a_text_without_a_single_token_left_gives_finite_numbers(start, kind: str) -> None:
+    """Token dropout in training may hide all tokens of a short text."""
+    model, _ = start(kind)
+    ids, mask = model.encode(TEXTS[2:4])
+    mask[0] = 0
+    logits, pooled = model(ids, mask)
+    assert logits.isfinite().all() and pooled.isfinite().all()
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_save_and_load(start, kind: str, where: str, tmp_path: Path, tiny_lm: str) -> None:
+    model, name = start(kind)
+    with torch.no_grad():  # as if trained
+        if kind != "prompt":
+            for p in model.backbone.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    folder = Folder.at(tmp_path / "teacher") if where == "disk" else Folder.at(f"memory://{tmp_path}/teacher")
+    model.save(folder, name, tiny_lm, "auto")
+    again = Classifier.load(folder)
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
+    assert again.max_tokens == 16 and again.parameters_in_all == model.parameters_in_all
+    has_backbone = any(n.startswith("classifier/backbone/") for n in folder.files())
+    assert has_backbone == (kind != "prompt")  # a frozen backbone is not written again
+    assert not any(n.endswith((".bin", ".pt", ".pkl")) for n in folder.files())
+
+
+def test_a_fitted_temperature_is_loaded(start, tmp_path: Path, tiny_lm: str) -> None:
+    model, name = start("encoder")
+    folder = Folder.at(tmp_path)
+    model.save(folder, name, tiny_lm, "auto")
+    assert Classifier.load(folder).temperature == 1.0
+    card = (folder / "classifier").read_json("classifier.json")
+    (folder / "classifier").write_json("classifier.json", card | {"temperature": 2.5})  # as the stage does after validation
+    model.temperature = 2.5
+    assert_close(Classifier.load(folder).annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> None:
+    model, name = start("base", outputs=1)
+    model.shift.fill_(2.5)
+    model.scale.fill_(1.5)
+    folder = Folder.at(tmp_path)
+    model.save(folder, name, tiny_lm, "auto")
+    again = Classifier.load(folder)
+    assert (again.shift.item(), again.scale.item()) == (2.5, 1.5)
+    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
