@@ -52,7 +52,8 @@ def make_base(run: Any, words: np.ndarray) -> None:
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    from retrikt_ray.student.model import Student, StudentConfig, StudentModel
+    from retrikt_ray.student.kinds import StudentConfig
+    from retrikt_ray.student.model import Student, StudentModel
 
     run.write_bytes("config.yaml", b"seed: 0\nindex: {factory: Flat}\n")
     card = {
@@ -85,7 +86,7 @@ def make_base(run: Any, words: np.ndarray) -> None:
 
 
 def make_store(run: Any, words: np.ndarray) -> None:
-    from retrikt_ray.store.annotate import store_schema
+    from retrikt_ray.store.rows import store_schema
 
     schema, rng = store_schema(1), np.random.default_rng(1)
     for part, start in enumerate(range(0, ROWS, PART)):
@@ -105,8 +106,8 @@ def make_store(run: Any, words: np.ndarray) -> None:
 
 def index(run: Any, workers: Any) -> float:
     """Build and seal RUN/index as the index stage does; seconds."""
-    from retrikt_ray.index.index import IndexConfig, build_index
-    from retrikt_ray.predictor import Mixture
+    from retrikt_ray.index.build import IndexConfig, build_index
+    from retrikt_ray.index.mixture import Mixture
     from retrikt_ray.runtime.artifacts import check
 
     began, config = time.perf_counter(), IndexConfig(factory="Flat")
@@ -141,51 +142,51 @@ def main() -> None:
     began = time.perf_counter()
     predictor = Predictor.open(run)
     opened = time.perf_counter() - began
-    reader = Knowledge(run)
+    reader = Knowledge.open(run)
     print(f"{ROWS:,} rows: index built in {built:.1f} s, opened and verified in {opened:.1f} s", flush=True)
 
     # added, and found by a reader that was open before
     rng = np.random.default_rng(2)
     rows = [{"id": f"added-{i:05d}", "text": t, "label": LABELS[i % 2]} for i, t in enumerate(texts(rng, words, ADDED))]
     vectors = predictor.student.encode([(r["text"], None) for r in rows])[1].numpy()
-    reader.search(vectors[:1], 1)
+    reader.view.search(vectors[:1], 1)
     began = time.perf_counter()
-    editing.add(predictor.knowledge, rows)
+    predictor.knowledge.add(rows)
     acknowledged = time.perf_counter() - began
     assert reader.refresh()
-    first = reader.search(vectors[-1:], 10)
+    first = reader.view.search(vectors[-1:], 10)
     found = time.perf_counter() - began
     assert rows[-1]["id"] in first.ids[0]
-    hits = reader.search(vectors, 50)
+    hits = reader.view.search(vectors, 50)
     there = sum(r["id"] in ids for r, ids in zip(rows, hits.ids, strict=True))
     print(
         f"{ADDED:,} rows added: acknowledged after {acknowledged:.2f} s, found by another reader after {found:.2f} s; {there:,} of them by their own text",
         flush=True,
     )
-    editing.delete(predictor.knowledge, [f"row-{i:07d}" for i in range(0, ROWS, 1000)])
+    predictor.knowledge.delete([f"row-{i:07d}" for i in range(0, ROWS, 1000)])
     reader.refresh()
     asked = predictor.student.encode([(t, None) for t in texts(np.random.default_rng(3), words, 512)])[1].numpy()
     queries = [(t, None) for t in texts(np.random.default_rng(4), words, 64)]
-    before = reader.search(asked, 20), reader.search_words(queries, 20)
+    before = reader.view.search(asked, 20), reader.view.search_words(queries, 20)
 
     # an index from scratch of the same rows, in a run of its own
     for name in ("task", "student"):
         (anew / name).upload(Path((run / name).uri))
     anew.write_bytes("config.yaml", run.read_bytes("config.yaml"))
-    state = reader.state
+    state = reader.view.log
     assert state is not None
     write_live(run / "store", [read_edit(reader.folder, e) for e in state.edits], anew / "store")
     seal(anew / "store")
     rebuilt = index(anew, workers)
-    fresh = Knowledge(anew)
-    want = fresh.search(asked, 20), fresh.search_words(queries, 20)
+    fresh = Knowledge.open(anew)
+    want = fresh.view.search(asked, 20), fresh.view.search_words(queries, 20)
 
     # compacted
     began = time.perf_counter()
     assert compact(run, workers) is not None
     compacted = time.perf_counter() - began
     reader.refresh()
-    after = reader.search(asked, 20), reader.search_words(queries, 20)
+    after = reader.view.search(asked, 20), reader.view.search_words(queries, 20)
     for name, got in (("before compaction", before), ("after compaction", after)):
         same = [g.ids == w.ids and np.array_equal(g.scores, w.scores) for g, w in zip(got, want, strict=True)]
         print(f"{name}: ids and scores of a fresh build: dense {same[0]}, lexical {same[1]}")

@@ -18,12 +18,27 @@ DEFAULT_RUN = "runs/quickstart"
 
 
 class Retrikt(click.Group):
-    """Click's group, with one place for the errors of all commands."""
+    """Click's group, with a command for each stage of the pipeline, and one place for the errors of all commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from retrikt_ray.pipeline import STAGES
+
+        return [stage.name for stage in STAGES] + super().list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = super().get_command(ctx, cmd_name)
+        if found is None:
+            from retrikt_ray.pipeline import STAGES
+
+            numbers = {stage.name: i for i, stage in enumerate(STAGES, 1)}
+            if cmd_name in numbers:
+                found = stage_command(cmd_name, f"{numbers[cmd_name]}. {STAGES[numbers[cmd_name] - 1].title}")
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         from retrikt_ray.runtime.folders import ArtifactError
         from retrikt_ray.runtime.settings import ConfigError
-        from retrikt_ray.task.files import DataError
+        from retrikt_ray.task.texts import DataError
 
         try:
             return super().invoke(ctx)
@@ -51,30 +66,11 @@ def main(debug: bool) -> None:
 
 def finish(run: Any) -> None:
     """The summary of a finished run: the table, the report, and what to do next."""
-    from rich.table import Table
-
+    from retrikt_ray.report.table import as_table
     from retrikt_ray.runtime.progress import console
 
-    report = (run.artifact("report")).read_json("report.json")
-    table = Table(
-        title=f"{report['task']}: {report['metric']} on {report['rows']['test']:,} test rows, {report['rows']['train']:,} labelled rows"
-    )
-    for name, justify in (
-        ("system", "left"),
-        (report["metric"], "right"),
-        ("of teacher", "right"),
-        ("parameters", "right"),
-        ("ms a text", "right"),
-    ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    whole = report["teacher"]["score"]["mean"]
-    for name, system in [("teacher", report["teacher"]), *report["systems"].items()]:
-        value = system["score"]
-        share = f"{value['mean'] / whole:.1%}" if whole > 0 else "-"
-        cells = (f"{value['mean']:.3f} ± {value['ci95']:.3f}", share, f"{system['parameters']:,}", f"{system['latency_ms']:.2f}")
-        table.add_row(name, *cells, style="bold" if name == "retrikt" else None)
-    console.print(table)
-    store = report["store"]
+    store = run.report["store"]
+    console.print(as_table(run.report))
     console.print(f"store: {store['kept']:,} rows kept of {store['by_source']}, rejected {store['rejected'] or 'none'}")
     console.print(f"report: {run.artifact('report')}/report.html")
     console.print(f"serve:  retrikt serve {run.folder}")
@@ -99,12 +95,10 @@ def default_out(config: str | None) -> str:
 @click.option("--out", help="Run directory or URI. Default: runs/<name of the config>.")
 def run(arguments: tuple[str, ...], out: str | None) -> None:
     """Run all stages; what is done is skipped."""
-    from retrikt_ray import config, pipeline
+    from retrikt_ray import pipeline
 
     path, overrides = split_arguments(arguments)
-    opened = pipeline.open_run(out or default_out(path), config.load(path, overrides))
-    pipeline.run_all(opened)
-    finish(opened)
+    finish(pipeline.run(path, out or default_out(path), overrides))
 
 
 @main.command()
@@ -112,17 +106,15 @@ def run(arguments: tuple[str, ...], out: str | None) -> None:
 @click.option("--out", default=DEFAULT_RUN, show_default=True, help="Run directory.")
 def quickstart(overrides: tuple[str, ...], out: str) -> None:
     """The packaged task and language model, offline, in a few minutes."""
-    from retrikt_ray import config, pipeline
+    from retrikt_ray import pipeline
 
-    opened = pipeline.open_run(out, config.load(None, overrides))
-    pipeline.run_all(opened)
-    finish(opened)
+    finish(pipeline.run(None, out, overrides))
 
 
-def stage_command(name: str, summary: str) -> None:
-    """One command per stage: `retrikt generate RUN [key=value ...]`."""
+def stage_command(name: str, summary: str) -> click.Command:
+    """The command of a stage: `retrikt generate RUN [key=value ...]`."""
 
-    @main.command(name, help=summary)
+    @click.command(name, help=summary)
     @click.argument("run_uri", metavar="RUN")
     @click.argument("arguments", nargs=-1, metavar="[CONFIG] [key=value]...")
     @click.option("--force", is_flag=True, help="Run even if it is done.")
@@ -144,19 +136,7 @@ def stage_command(name: str, summary: str) -> None:
             opened_config = config.load(path, overrides)
         pipeline.run_all(pipeline.open_run(run_uri, opened_config), only=name, force=force)
 
-
-STAGE_HELP: dict[str, str] = {
-    "prepare": "1. Read, check and sample the task.",
-    "teach": "2. Tune the generation prompt and the annotator.",
-    "reinforce": "3. PPO on the generation prompt.",
-    "generate": "4. Generate texts.",
-    "annotate": "5. Label, embed and filter them: the store.",
-    "distill": "6. Train the student.",
-    "index": "7. Build the index.",
-    "evaluate": "8. Score everything on test and write the report.",
-}
-for _name, _help in STAGE_HELP.items():
-    stage_command(_name, _help)
+    return command
 
 
 @main.command()
@@ -174,7 +154,7 @@ def status(run_uri: str) -> None:
     for name in ("stage", "state", "seconds", "rows", "figures"):
         table.add_column(name, justify="right" if name == "seconds" else "left")
     for stage in pipeline.STAGES:
-        manifest, state = artifacts.read_manifest(opened.artifact(stage.outputs[0])), str(opened.state(stage))
+        manifest, state = artifacts.read_manifest(opened.artifact(stage.outputs[0])), str(opened.status(stage))
         if manifest is not None:
             try:
                 for name in stage.outputs:
@@ -218,22 +198,23 @@ def merge(runs: tuple[str, ...], out: str) -> None:
 @click.option("-k", "--neighbours", default=3, show_default=True, help="Neighbours of either kind to show.")
 def predict(run_uri: str, texts: tuple[str, ...], neighbours: int) -> None:
     """Answer texts, with the evidence. In pair tasks write TEXT ||| SECOND TEXT."""
+    from rich.markup import escape
+
     from retrikt_ray.predictor import Predictor
     from retrikt_ray.runtime import cluster
     from retrikt_ray.runtime.progress import console
-    from retrikt_ray.task.files import read_text
+    from retrikt_ray.task.texts import read_typed, shown
 
     cluster.quiet(None)
     predictor = Predictor.open(run_uri)
-    found = predictor.predict([read_text(t, predictor.task) for t in texts])
-    for i, text in enumerate(texts):
-        label, score = predictor.named(found.answers[i])
-        console.print(f"[bold]{label}[/bold] {score:.2f}  {text}", markup=True)
-        for name, hits in (("similarity", found.dense), ("words", found.lexical)):
-            assert hits is not None
-            for row in predictor.neighbours(hits, i, neighbours, name):
-                shown = row["text"] if row["text_pair"] is None else f"{row['text']} ||| {row['text_pair']}"
-                console.print(f"    {name} {row[name]:5.2f}  {row['label']} ({row['source']} {row['id']}): {shown}", markup=False)
+    found = predictor.answer([read_typed(text, predictor.task.pair) for text in texts])
+    near, alike = found.neighbours, found.lexical_neighbours
+    for i, (label, score) in enumerate(zip(found.labels, found.scores, strict=True)):
+        console.print(f"[bold]{escape(label)}[/bold] {score:.2f}  {escape(texts[i])}")
+        rows = [("similarity", n.similarity, n) for n in near[i][:neighbours]] + [("words", n.bm25, n) for n in alike[i][:neighbours]]
+        for name, value, n in rows:
+            text = shown((n.text, n.text_pair))
+            console.print(f"    {name} {value:5.2f}  {n.label} ({n.source} {n.id}): {text}", markup=False)
 
 
 main.add_command(store)

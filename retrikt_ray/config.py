@@ -13,18 +13,19 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from retrikt_ray.index.index import IndexConfig
+from retrikt_ray.index.build import IndexConfig
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.report.evaluate import EvaluateConfig
+from retrikt_ray.runtime.folders import PACKAGED
 from retrikt_ray.runtime.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.store.annotate import AnnotateConfig
 from retrikt_ray.store.generate import GenerateConfig
-from retrikt_ray.student.distill import DistillConfig
+from retrikt_ray.student.fit import DistillConfig
 from retrikt_ray.task.prepare import PrepareConfig
 from retrikt_ray.teacher.teach import TeachConfig
 
 TOP = "(top level)"
-QUICKSTART = Path(__file__).parent / "quickstart" / "config.yaml"
+QUICKSTART = PACKAGED / "config.yaml"
 
 
 class RunConfig(Section):

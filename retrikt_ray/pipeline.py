@@ -7,8 +7,9 @@ their fingerprint is that of today's config, inputs and code version; otherwise 
 from __future__ import annotations
 
 import importlib
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from retrikt_ray.config import RunConfig
+from retrikt_ray.config import RunConfig, load, parse
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import Manifest, read_manifest
 from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
@@ -31,6 +32,7 @@ class Stage:
 
     package: str
     name: str
+    title: str  # what it does, for help
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]  # the first is the one that says "done": it is sealed last
 
@@ -39,19 +41,25 @@ class Stage:
 
 
 STAGES = (
-    Stage("task", "prepare", (), ("task",)),
-    Stage("teacher", "teach", ("task",), ("teacher",)),
-    Stage("policy", "reinforce", ("task", "teacher"), ("policy",)),
-    Stage("store", "generate", ("task", "teacher", "policy"), ("generated",)),
-    Stage("store", "annotate", ("task", "teacher", "generated"), ("store", "rejected")),
-    Stage("student", "distill", ("task", "teacher", "store"), ("student",)),
-    Stage("index", "index", ("task", "store", "student"), ("index",)),
-    Stage("report", "evaluate", ("task", "teacher", "policy", "store", "rejected", "student", "index"), ("report",)),
+    Stage("task", "prepare", "Read, check and sample the task.", (), ("task",)),
+    Stage("teacher", "teach", "Tune the generation prompt and the annotator.", ("task",), ("teacher",)),
+    Stage("policy", "reinforce", "PPO on the generation prompt.", ("task", "teacher"), ("policy",)),
+    Stage("store", "generate", "Generate texts.", ("task", "teacher", "policy"), ("generated",)),
+    Stage("store", "annotate", "Label, embed and filter them: the store.", ("task", "teacher", "generated"), ("store", "rejected")),
+    Stage("student", "distill", "Train the student.", ("task", "teacher", "store"), ("student",)),
+    Stage("index", "index", "Build the index.", ("task", "store", "student"), ("index",)),
+    Stage(
+        "report",
+        "evaluate",
+        "Score everything on test and write the report.",
+        ("task", "teacher", "policy", "store", "rejected", "student", "index"),
+        ("report",),
+    ),
 )
 BY_NAME = {stage.name: stage for stage in STAGES}
 MADE_BY = {output: stage for stage in STAGES for output in stage.outputs}
 
-State = Literal["done", "stale", "partial", "missing"]
+Status = Literal["done", "stale", "partial", "missing"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,24 @@ class Run:
 
     def artifact(self, name: str) -> Folder:
         return self.folder / name
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json says. Raises ArtifactError while there is none."""
+        return self.artifact("report").read_json("report.json")
+
+    def __fspath__(self) -> str:
+        """The folder: a finished run can be handed to whatever takes one."""
+        return self.folder.uri
+
+    def __repr__(self) -> str:
+        return f"Run({self.folder.uri!r}: " + ", ".join(f"{stage.name} {self.status(stage)}" for stage in STAGES) + ")"
+
+    def _repr_html_(self) -> str | None:
+        """The report's table, in a notebook."""
+        from retrikt_ray.report.table import as_html
+
+        return as_html(self.report) if self.artifact("report").exists("report.json") else None
 
     @property
     def log_file(self) -> Path | None:
@@ -87,7 +113,7 @@ class Run:
             }
         )
 
-    def state(self, stage: Stage) -> State:
+    def status(self, stage: Stage) -> Status:
         """done: complete and current; stale: complete, but config, inputs or code changed; partial: begun; missing."""
         found = [read_manifest(self.artifact(name)) for name in stage.outputs]
         if all(m is not None for m in found):
@@ -117,9 +143,23 @@ def open_run(out: str, config: RunConfig) -> Run:
     return Run(folder, config)
 
 
-def load_config(folder: Folder) -> RunConfig:
-    from retrikt_ray.config import parse
+def run(config: RunConfig | str | os.PathLike[str] | None, out: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
+    """Run all stages into the directory or URI `out`, with progress; what is done is skipped. Returns the finished run.
 
+    config: a RunConfig, the path of a YAML file, or None for the packaged quick start; overrides: "section.key=value", over a file.
+    """
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise ConfigError(f"overrides go with a config file; found a RunConfig and {' '.join(overrides)}")
+        settings = config
+    else:
+        settings = load(None if config is None else os.fspath(config), overrides)
+    opened = open_run(os.fspath(out), settings)
+    run_all(opened)
+    return opened
+
+
+def load_config(folder: Folder) -> RunConfig:
     return parse(folder.read_bytes("config.yaml").decode(), f"{folder}/config.yaml")
 
 
@@ -204,7 +244,7 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
         for stage in STAGES:
             if only and stage.name != only:
                 continue
-            if not (force and only) and run.state(stage) == "done":
+            if not (force and only) and run.status(stage) == "done":
                 for name in stage.outputs:
                     try:
                         artifacts.check(run.artifact(name))

@@ -1,122 +1,89 @@
-"""Prediction with evidence: the student's own answer mixed with the votes of the rows it retrieves.
+"""Prediction with evidence: the student's own answer mixed with the votes of the rows it retrieves (`index/mixture.py`).
 
-p = (1 - d - l) p_student + d p_dense + l p_lexical, where p_dense is the mean of the nearest rows' teacher labels, weighted by softmax of
-similarity / tau over k, and p_lexical the same over the rows with the highest BM25 scores. Weights, k and tau are fitted on validation by
-the index stage. In regression the same mixture is of values.
+predictor = Predictor.open("runs/mine")
+answer = predictor.predict("There is water coming through the ceiling")    # or ("a text", "its second text"), or a list of such
+answer.labels, answer.scores, answer.neighbours
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrikt_ray.knowledge.knowledge import Hits, Knowledge
+from retrikt_ray.index.mixture import Mixture, Votes, mix
+from retrikt_ray.knowledge.knowledge import Knowledge
+from retrikt_ray.knowledge.view import Hits, Neighbour, Opener, Places, View
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.task.texts import Text, read_texts, shown
 
 if TYPE_CHECKING:
-    from retrikt_ray.index.search import Search
     from retrikt_ray.student.model import Student
-    from retrikt_ray.teacher.annotator import Text
 
-
-@dataclass(frozen=True)
-class Mixture:
-    """How much the student and its neighbours count, and how neighbours vote."""
-
-    student: float
-    dense: float
-    lexical: float
-    k: int
-    tau: float
-    lexical_k: int
-    lexical_tau: float  # in units of BM25 scores
-
-
-KS, MOST = (8, 16, 32, 64), 64
-TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
-TENTHS = [i / 10 for i in range(10)]
-ALONE = Mixture(1.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
-
-
-@dataclass(frozen=True)
-class Votes:
-    """Neighbours of Q queries."""
-
-    scores: np.ndarray  # (Q, k) similarities or BM25 scores, best first, -inf where there is none
-    labels: np.ndarray  # (Q, k, C)
-
-
-def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
-    """Mean of the neighbours' labels, weighted by softmax of score / tau. scores (Q, k), -inf where there is none; labels (Q, k, C) -> (Q, C)"""
-    best = scores.max(1, keepdims=True)
-    weights = np.exp((scores - np.where(np.isfinite(best), best, 0)) / tau)
-    weights /= weights.sum(1, keepdims=True).clip(1e-12)  # a query that found nothing gets no vote
-    return np.einsum("qk,qkc->qc", weights, labels)
-
-
-def cast(votes: Votes, k: int, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """The vote of the first k neighbours (Q, C), and 1 for a query that has any, else 0, (Q, 1)."""
-    k = min(k, votes.scores.shape[1])
-    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :1]).astype(np.float64)
-
-
-def mix(student: np.ndarray, dense: Votes | None, lexical: Votes | None, mixture: Mixture) -> np.ndarray:
-    """(Q, C) answers of student and neighbours together; where one side found nothing, its weight is the student's. None: weight 0."""
-    answers, left = np.zeros_like(student, dtype=np.float64), np.ones((len(student), 1))
-    sides = ((dense, mixture.dense, mixture.k, mixture.tau), (lexical, mixture.lexical, mixture.lexical_k, mixture.lexical_tau))
-    for votes, weight, k, tau in sides:
-        if weight and votes is not None:
-            told, there = cast(votes, k, tau)
-            answers += weight * there * told
-            left -= weight * there
-    return answers + left * student
-
-
-def loss(truth: np.ndarray, answers: np.ndarray) -> float:
-    """Mean negative log-likelihood of the true class, or mean squared error in regression: smoother than accuracy on few rows."""
-    if answers.shape[1] == 1:
-        return float(((answers[:, 0] - truth) ** 2).mean())
-    return float(-np.log(np.clip(answers[np.arange(len(truth)), truth.astype(int)], 1e-6, 1)).mean())
-
-
-def fit_mixture(truth: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes) -> Mixture:
-    """The mixture with the smallest validation loss; the student alone where no mixture beats it.
-
-    k and tau of each side are chosen with the student alone beside it, then the weights of both together: few choices for few rows.
-    """
-
-    def best(some: list[Mixture]) -> Mixture:
-        return min(some, key=lambda m: loss(truth, mix(student, dense, lexical, m)))
-
-    weights = TENTHS[1:]
-    d = best([replace(ALONE, student=round(1 - w, 1), dense=w, k=k, tau=tau) for k in KS for tau in TAUS for w in weights])
-    words = [(k, tau, w) for k in KS for tau in LEXICAL_TAUS for w in weights]
-    s = best([replace(ALONE, student=round(1 - w, 1), lexical=w, lexical_k=k, lexical_tau=tau) for k, tau, w in words])
-    pairs = [(a, b) for a in TENTHS for b in TENTHS if a + b < 0.95]
-    both = [Mixture(round(1 - a - b, 1), a, b, d.k, d.tau, s.lexical_k, s.lexical_tau) for a, b in pairs]
-    return best([ALONE, *both])
+SHOWN = 5  # neighbours of a text in a notebook
 
 
 def votes_of(hits: Hits | None) -> Votes | None:
     return None if hits is None else Votes(hits.scores, hits.labels)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Prediction:
-    """Answers for Q texts and their evidence."""
+    """Answers for Q texts and what they rest on; one text is a list of one."""
 
+    texts: list[Text]
     answers: np.ndarray  # (Q, C) mixed probabilities, or (Q, 1) values
     student: np.ndarray  # (Q, C) the student's own
     dense: Hits | None  # the nearest rows; None where they were not asked for
     lexical: Hits | None  # the rows that share most words
+    view: View  # of the knowledge that answered
+
+    @property
+    def labels(self) -> list[str]:
+        """The likeliest label of each text; in regression the value as text."""
+        return [self.view.task.named(answer)[0] for answer in self.answers]
+
+    @property
+    def scores(self) -> list[float]:
+        """The probability of each label; in regression the value."""
+        return [self.view.task.named(answer)[1] for answer in self.answers]
+
+    @property
+    def neighbours(self) -> list[list[Neighbour]]:
+        """The rows of the store that are nearest to each text, best first, with the teacher's label of each."""
+        return self.view.neighbours(self.dense, "similarity") if self.dense else [[] for _ in self.answers]
+
+    @property
+    def lexical_neighbours(self) -> list[list[Neighbour]]:
+        """The rows of the store that share most words with each text."""
+        return self.view.neighbours(self.lexical, "bm25") if self.lexical else [[] for _ in self.answers]
 
     def part(self, low: int, high: int) -> Prediction:
         """Of the texts low .. high - 1."""
-        return Prediction(self.answers[low:high], self.student[low:high], *(h and h.part(low, high) for h in (self.dense, self.lexical)))
+        dense, lexical = (h and h.part(low, high) for h in (self.dense, self.lexical))
+        return Prediction(self.texts[low:high], self.answers[low:high], self.student[low:high], dense, lexical, self.view)
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def __repr__(self) -> str:
+        lines = (f"{label} {score:.2f}  {shown(text)}" for label, score, text in zip(self.labels, self.scores, self.texts, strict=True))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks: each text with its answer and its nearest rows."""
+        rows = []
+        for text, label, score, near in zip(self.texts, self.labels, self.scores, self.neighbours, strict=True):
+            found = "<br>".join(f"{n.similarity:.2f} {escape(n.label)}: {escape(shown((n.text, n.text_pair)))}" for n in near[:SHOWN])
+            cells = (escape(shown(text)), f"<b>{escape(label)}</b>", f"{score:.2f}", found)
+            rows.append("<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in cells) + "</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("text", "label", "score", "nearest rows"))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 class Predictor:
@@ -127,69 +94,58 @@ class Predictor:
         self.task = knowledge.task
 
     @staticmethod
-    def open(
-        run: str | Folder, threads: int = 1, *, edited: bool = True, opener: Callable[[Folder, int], Search] | None = None
-    ) -> Predictor:
-        """Open RUN's task card, student and knowledge after comparing each with its manifest. edited, opener: as for Knowledge.
+    def open(run: str | os.PathLike[str] | Folder, threads: int = 1, *, edited: bool = True, opener: Opener | None = None) -> Predictor:
+        """Open RUN's task, student and knowledge after comparing each with its manifest. edited, opener: as for Knowledge.
 
         Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
         """
+        return Predictor.at(Places.of(run if isinstance(run, Folder) else Folder.at(run), edited), threads, opener)
+
+    @staticmethod
+    def at(places: Places, threads: int = 1, opener: Opener | None = None) -> Predictor:
+        """Open what lies in these folders, as `open` does."""
         from retrikt_ray.student.model import Student
 
-        folder = Folder.at(run) if isinstance(run, str) else run
-        knowledge = Knowledge(folder, threads, edited=edited, opener=opener)
-        index = folder / "index"
+        knowledge, index = Knowledge(places, threads, opener), places.index
         if check(index, deep=True, only=["mixture.json"]).inputs["student"] != knowledge.student:
-            raise ArtifactError(f"{index}/mixture.json was fitted for another student; run `retrikt index {folder}`")
+            raise ArtifactError(f"{index}/mixture.json was fitted for another student; run `retrikt index {places.run or 'RUN'}`")
         try:
             mixture = Mixture(**index.read_json("mixture.json"))
         except TypeError as error:
-            raise ArtifactError(f"{index}/mixture.json is not of this version ({error}); run `retrikt index {folder}`") from None
-        return Predictor(Student.load(str((folder / "student").local())), knowledge, mixture)
+            raise ArtifactError(
+                f"{index}/mixture.json is not of this version ({error}); run `retrikt index {places.run or 'RUN'}`"
+            ) from None
+        return Predictor(Student.load(str(places.student.local())), knowledge, mixture)
 
-    def predict(self, texts: Sequence[Text], evidence: bool = True) -> Prediction:
-        """Answer Q texts, each a (text, second text or None). evidence=False: sides without a vote are not searched."""
-        answers, vectors = (x.numpy() for x in self.student.encode(list(texts)))
-        m, dense, lexical = self.mixture, None, None
-        if m.dense or evidence:
-            dense = self.knowledge.search(vectors, m.k)
-        if m.lexical or evidence:
-            lexical = self.knowledge.search_words(list(texts), m.lexical_k)
-        return Prediction(mix(answers, votes_of(dense), votes_of(lexical), m), answers, dense, lexical)
+    def predict(self, texts: Any, evidence: bool = True) -> Prediction:
+        """Answer a text, a pair ("a text", "its second text"), or a list of such. evidence=False: sides without a vote are not searched.
+
+        Raises TextError that names the text that cannot be used.
+        """
+        return self.answer(read_texts(texts, self.task.pair), evidence)
+
+    def answer(self, texts: Sequence[Text], evidence: bool = True) -> Prediction:
+        """As `predict`, for Q texts that were read already."""
+        texts, view, m = list(texts), self.knowledge.view, self.mixture
+        answers, vectors = (x.numpy() for x in self.student.encode(texts))
+        dense = view.search(vectors, m.k) if m.dense or evidence else None
+        lexical = view.search_words(texts, m.lexical_k) if m.lexical or evidence else None
+        return Prediction(texts, mix(answers, votes_of(dense), votes_of(lexical), m), answers, dense, lexical, view)
 
     def retrieve(self, texts: Sequence[Text], k: int, **where: str | None) -> Hits:
-        """The k nearest rows of each text; label=, source=: only such rows."""
-        return self.knowledge.search(self.student.encode(list(texts))[1].numpy(), k, **where)
-
-    def row(self, position: int) -> dict[str, Any]:
-        """One row of the store: id, text, text_pair, source, asked_label, and the teacher's label and its score."""
-        row = self.knowledge.row(position)
-        label, score = self.named(np.asarray(row.pop("teacher_probs")))
-        return row | {"label": label, "score": score}
-
-    def neighbours(self, hits: Hits, query: int, most: int, score: str) -> list[dict[str, Any]]:
-        """Up to `most` rows that a query found, best first; `score` names the key of their similarity or BM25 score."""
-        found = zip(hits.positions[query][:most], hits.scores[query], strict=False)
-        return [self.row(int(p)) | {score: float(s)} for p, s in found if p >= 0]
-
-    def named(self, answer: np.ndarray) -> tuple[str, float]:
-        """The label of an answer (C,) and its probability; in regression the value as text and as number."""
-        if len(answer) == 1:
-            return f"{answer[0]:.3g}", float(answer[0])
-        best = int(answer.argmax())
-        return self.task["labels"][best], float(answer[best])
+        """The k nearest rows of each text that was read already; label=, source=: only such rows."""
+        return self.knowledge.view.search(self.student.encode(list(texts))[1].numpy(), k, **where)
 
     def info(self) -> dict[str, Any]:
         """What is served: task, labels, sizes, mixture, index."""
-        knowledge = self.knowledge
-        state = knowledge.state
+        view, task = self.knowledge.view, self.task
         return {
-            "task": self.task["name"],
-            "problem": self.task["problem"],
-            "labels": self.task["labels"],
-            "pair": self.task["pair"],
+            "task": task.name,
+            "problem": task.problem,
+            "labels": list(task.labels),
+            "pair": task.pair,
             "student": {"kind": self.student.model.config.kind, "parameters": self.student.model.parameter_count},
-            "store": {"rows": knowledge.count, "version": state.version if state else 0},
-            "index": {"factory": knowledge.card["factory"], "shards": len(knowledge.card["shards"]), "width": knowledge.card["width"]},
+            "store": {"rows": view.count, "version": view.version},
+            "index": {"factory": view.base.card["factory"], "shards": len(view.base.card["shards"]), "width": view.base.card["width"]},
             "mixture": asdict(self.mixture),
         }

@@ -23,10 +23,9 @@ def store() -> None:
 def opened(run: str) -> Knowledge:
     from retrikt_ray.knowledge.knowledge import Knowledge
     from retrikt_ray.runtime import cluster
-    from retrikt_ray.runtime.folders import Folder
 
     cluster.quiet(None)
-    return Knowledge(Folder.at(run))
+    return Knowledge.open(run)
 
 
 def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -44,22 +43,23 @@ def rows_of(file: str | None, row: dict[str, Any]) -> list[dict[str, Any]]:
 def naming(file: str | None) -> Iterator[None]:
     """Errors about a row say which file it is in."""
     from retrikt_ray.runtime.settings import ConfigError
+    from retrikt_ray.task.texts import TextError
 
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, TextError) as error:
         raise ConfigError(f"{file}, {error}") if file and str(error).startswith("row") else error from None
 
 
-def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
+def summary(what: str, ids: list[str], knowledge: Knowledge) -> None:
+    """Which rows an edit was about, and what there is now."""
     from retrikt_ray.runtime.progress import console
 
     for code in ids[:10]:
         console.print(code, markup=False)
     if len(ids) > 10:
         console.print(f"... and {len(ids) - 10:,} more", markup=False)
-    assert knowledge.state is not None
-    console.print(f"{what} {len(ids):,}; {knowledge.count:,} rows, version {knowledge.state.version}", markup=False)
+    console.print(f"{what} {len(ids):,}; {knowledge.count:,} rows, version {knowledge.view.version}", markup=False)
 
 
 @store.command()
@@ -70,12 +70,10 @@ def told(what: str, ids: list[str], knowledge: Knowledge) -> None:
 @click.option("--label", help="Its label; without, the teacher gives one.")
 def add(run: str, file: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
     """Add rows: a .jsonl, .csv, .tsv or .parquet FILE with text, text_pair (pair tasks), label or teacher_probs (optional), id (optional)."""
-    from retrikt_ray.knowledge import edit as editing
-
     rows = rows_of(file, {"text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
     with naming(file):
-        told("added", editing.add(knowledge, rows), knowledge)
+        summary("added", knowledge.add(rows), knowledge)
 
 
 @store.command()
@@ -87,12 +85,10 @@ def add(run: str, file: str | None, text: str | None, text_pair: str | None, lab
 @click.option("--label", help="Its new label; a new text without one gets the teacher's.")
 def update(run: str, file: str | None, code: str | None, text: str | None, text_pair: str | None, label: str | None) -> None:
     """Change rows: a FILE as for `add`, with the id of each row and what changes."""
-    from retrikt_ray.knowledge import edit as editing
-
     rows = rows_of(file, {"id": code, "text": text, "text_pair": text_pair, "label": label})
     knowledge = opened(run)
     with naming(file):
-        told("updated", editing.update(knowledge, rows), knowledge)
+        summary("updated", knowledge.update(rows), knowledge)
 
 
 @store.command()
@@ -101,7 +97,6 @@ def update(run: str, file: str | None, code: str | None, text: str | None, text_
 @click.option("--file", help="A .txt file with the ids, one a line, or a table with a column id.")
 def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
     """Delete rows by id."""
-    from retrikt_ray.knowledge import edit as editing
     from retrikt_ray.runtime.settings import ConfigError
     from retrikt_ray.task.files import read_rows
 
@@ -114,8 +109,8 @@ def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
             )
         wanted.append(str(code).strip())
     knowledge = opened(run)
-    editing.delete(knowledge, wanted)
-    told("deleted", list(dict.fromkeys(wanted)), knowledge)
+    knowledge.delete(wanted)
+    summary("deleted", list(dict.fromkeys(wanted)), knowledge)
 
 
 @store.command()
@@ -123,22 +118,20 @@ def delete(run: str, ids: tuple[str, ...], file: str | None) -> None:
 def compact(run: str) -> None:
     """Fold the edits into a new base. A large store is built by Ray tasks, as in `retrikt index`."""
     from retrikt_ray import pipeline
-    from retrikt_ray.knowledge import log as edits
     from retrikt_ray.knowledge.compact import compact as fold
-    from retrikt_ray.knowledge.knowledge import base_of
+    from retrikt_ray.knowledge.log import base_of, read_log
     from retrikt_ray.runtime import artifacts, cluster
-    from retrikt_ray.runtime.folders import Folder
     from retrikt_ray.runtime.progress import console
 
     opened_run = pipeline.load_run(run)
     folder, workers = opened_run.folder, None
-    seal = artifacts.check(base_of(folder, edits.read_state(folder / "knowledge")) / "store")
+    seal = artifacts.check(base_of(folder, read_log(folder / "knowledge")) / "store")
     if sum(seal.rows.values()) > RAY_ROWS:
         cluster.connect(opened_run.log_file)
         workers = cluster.plan(opened_run.config.index, "index")
     else:
         cluster.quiet(None)
-    after = fold(Folder.at(run), workers)
+    after = fold(folder, workers)
     console.print("nothing to compact" if after is None else f"compacted to version {after.version}, {after.base}", markup=False)
 
 
@@ -153,19 +146,16 @@ def search(run: str, text: str, k: int, label: str | None, source: str | None) -
     from retrikt_ray.predictor import Predictor
     from retrikt_ray.runtime import cluster
     from retrikt_ray.runtime.progress import console
-    from retrikt_ray.task.files import read_text
+    from retrikt_ray.task.texts import read_typed, shown
 
     cluster.quiet(None)
     predictor = Predictor.open(run)
-    query = [read_text(text, predictor.task)]
-    near = predictor.retrieve(query, k, label=label, source=source)
-    words = predictor.knowledge.search_words(query, k, label=label, source=source)
-    for title, hits in (("similarity", near), ("bm25", words)):
-        for row in predictor.neighbours(hits, 0, k, title):
-            shown = row["text"] if row["text_pair"] is None else f"{row['text']} ||| {row['text_pair']}"
-            console.print(
-                f"{title} {row[title]:6.3f}  {row['label']} {row['score']:.2f}  {row['id']} ({row['source']}): {shown}", markup=False
-            )
+    query, view = [read_typed(text, predictor.task.pair)], predictor.knowledge.view
+    near = view.neighbours(predictor.retrieve(query, k, label=label, source=source), "similarity")[0]
+    alike = view.neighbours(view.search_words(query, k, label=label, source=source), "bm25")[0]
+    for title, value, n in [("similarity", n.similarity, n) for n in near] + [("bm25", n.bm25, n) for n in alike]:
+        found = f"{n.label} {n.score:.2f}  {n.id} ({n.source}): {shown((n.text, n.text_pair))}"
+        console.print(f"{title} {value:6.3f}  {found}", markup=False)
 
 
 @store.command()

@@ -70,7 +70,7 @@ def test_one_class(tmp_path: Path, data: Path) -> None:
 
 def test_empty_text(tmp_path: Path, data: Path) -> None:
     write_jsonl(data / "train.jsonl", [*rows(5), {"text": "  ", "label": "food"}])
-    assert "(train), row 6: the text is empty" in prepare(tmp_path, data)
+    assert "(train), row 6: text is empty" in prepare(tmp_path, data)
 
 
 def test_test_label_that_train_lacks(tmp_path: Path, data: Path) -> None:

@@ -7,93 +7,48 @@ comes last. How well the index answers is measured while it is built: the exact 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from retrikt_ray.index.factory import choose
 from retrikt_ray.index.lexical import Postings
 from retrikt_ray.index.search import Searcher, allowing, longest, merge, with_probes
+from retrikt_ray.index.vectors import StudentVectors, Vectors
 from retrikt_ray.runtime.cluster import Workers, each, widest
-from retrikt_ray.runtime.folders import ArtifactError, Folder
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.settings import ConfigError, Scaled
+from retrikt_ray.runtime.tables import Source
+from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
 
 TRAIN_ROWS = 160_000  # that a quantizer is trained on: 39 for each of 4,096 centroids, FAISS's least; bounds the memory of training
 SHARD_ROWS = 500_000
 SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
 WORDS_ROWS = 100_000  # of a file of postings, which a task sorts in memory: some 300 MB for texts of 60 words
 RECALL_AT = 10
+RECALL_QUERIES = 200  # that recall is measured with at most
 ENOUGH = 0.01  # how far below the best recall fewer probes may stay
 PROBES = (8, 16, 32, 64, 128, 256)
 
 
-class Vectors(Protocol):
-    """Where the vectors of a table come from. Travels to Ray tasks, so it holds names, not models."""
+class IndexConfig(Scaled):
+    """The index over the store."""
 
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    @property
-    def width(self) -> int: ...
-
-    def of(self, table: pa.Table) -> np.ndarray:
-        """Unit vectors (n, width) float32 of rows that have `columns`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Column:
-    """Vectors that lie in a column of fixed-size lists."""
-
-    name: str
-    width: int
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    def of(self, table: pa.Table) -> np.ndarray:
-        column = table[self.name].combine_chunks()
-        return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), self.width)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A table in Parquet files, cut into row groups."""
-
-    folder: Folder
-    groups: tuple[tuple[str, int, int, int], ...]  # (file, row group in it, position of its first row, rows)
-
-    @staticmethod
-    def of(folder: Folder, prefix: str = "part-") -> Source:
-        """All files whose names start with `prefix`, in the order of their names. Reads their footers only."""
-        groups, first = [], 0
-        for name in folder.files():
-            if name.startswith(prefix) and name.endswith(".parquet"):
-                with folder.parquet(name) as file:
-                    for i in range(file.num_row_groups):
-                        rows = file.metadata.row_group(i).num_rows
-                        groups.append((name, i, first, rows))
-                        first += rows
-        if not groups:
-            raise ArtifactError(f"{folder} holds no {prefix}*.parquet with rows")
-        return Source(folder, tuple(groups))
-
-    @property
-    def rows(self) -> int:
-        return self.groups[-1][2] + self.groups[-1][3]
-
-    def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
-        """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
-        for name, group, first, rows in self.groups:
-            begin, end = max(low - first, 0), min(high - first, rows)
-            if begin < end:
-                with self.folder.parquet(name) as file:
-                    yield first + begin, file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+    factory: str = Field("auto", description="FAISS factory string, or auto: the most exact kind that fits memory_gb and latency_ms.")
+    memory_gb: float = Field(4.0, gt=0, description="What the vectors of the index may take at most (auto).")
+    latency_ms: float = Field(10.0, gt=0, description="Time for one query on one thread that auto aims at.")
+    shards: int = Field(
+        0, ge=0, description="Shard files; each is built by one Ray task. 0: one per 500k rows or 256 MB, two from 100k rows on."
+    )
+    nprobe: int = Field(
+        0,
+        ge=0,
+        description="Lists that an IVF search visits (candidates of an HNSW search). 0: the fewest within a point of the best measured recall.",
+    )
 
 
 def sampled(source: Source, vectors: Vectors, wanted: np.ndarray) -> np.ndarray:
@@ -157,10 +112,7 @@ def fill(
 
 def count_words(source: Source, low: int, high: int, folder: Folder, name: str) -> str:
     """Write the postings of the rows low .. high - 1 as one file, whose name is returned (a Ray task)."""
-    batches = (
-        list(zip(t["text"].to_pylist(), t["text_pair"].to_pylist(), strict=True)) for _, t in source.read(low, high, ("text", "text_pair"))
-    )
-    Postings.of(batches, low).write(folder, name)
+    Postings.of((texts_of(table) for _, table in source.read(low, high, TEXT_COLUMNS)), low).write(folder, name)
     return name
 
 
@@ -177,15 +129,11 @@ def edges(rows: int, shards: int) -> list[tuple[int, int]]:
 
 
 def build(
+    config: IndexConfig,
     source: Source,
     vectors: Vectors,
     out: Folder,
     *,
-    factory: str,
-    shards: int,
-    nprobe: int,
-    memory_gb: float,
-    latency_ms: float,
     queries: np.ndarray,
     words: bool,
     seed: int,
@@ -197,10 +145,13 @@ def build(
     1. Choose.  2. Train on a sample.  3. Fill the shards.  4. Count the words.  5. Measure recall, choose the probes.
     """
     # 1. choose
-    rows, why = source.rows, f"{factory}: as the config says"
+    rows, factory, nprobe = source.rows, config.factory, config.nprobe
+    why = f"{factory}: as the config says"
     if factory == "auto":
-        factory, why = choose(rows, vectors.width, memory_gb, latency_ms)
-    count = shards or (1 if rows < SHARD_ROWS // 5 else max(2, -(-rows // SHARD_ROWS), int(-(-rows * vectors.width // (SHARD_BYTES / 4)))))
+        factory, why = choose(rows, vectors.width, config.memory_gb, config.latency_ms)
+    count = config.shards or (
+        1 if rows < SHARD_ROWS // 5 else max(2, -(-rows // SHARD_ROWS), int(-(-rows * vectors.width // (SHARD_BYTES / 4))))
+    )
     exact = factory == "Flat"
 
     # 2. train
@@ -242,3 +193,11 @@ def measure(folder: Folder, queries: np.ndarray, tries: tuple[int, ...], truth: 
     """Recall of the built shards for each number of probes (a Ray task). The folder is not sealed yet: its files are ours of a moment ago."""
     searcher = Searcher.unsealed(folder, join=False)
     return [recall(replace(searcher, nprobe=n).search(queries, RECALL_AT)[0], truth) for n in tries]
+
+
+def build_index(
+    config: IndexConfig, store: Folder, student: Folder, out: Folder, queries: np.ndarray, *, seed: int, workers: Workers | None
+) -> dict[str, Any]:
+    """Dense and lexical shards over a store, and index.json, which is returned. queries: (Q, width), to measure recall with."""
+    vectors = StudentVectors(student, queries.shape[1], workers.threads if workers else 1)
+    return build(config, Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers)

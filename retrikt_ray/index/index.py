@@ -2,84 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pydantic import Field
 
-from retrikt_ray.index.build import Source, build
-from retrikt_ray.runtime import artifacts
-from retrikt_ray.runtime.cluster import Workers, each, plan
+from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.lexical import Lexical
+from retrikt_ray.index.mixture import MOST, Votes, fit_mixture
+from retrikt_ray.index.search import Searcher
+from retrikt_ray.index.vectors import encode_validation
+from retrikt_ray.runtime.cluster import each, plan
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.store.rows import read_labels
+from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
 
 VERSION = 3
-RECALL_QUERIES = 200  # validation rows that recall is measured with at most
-
-
-class IndexConfig(Scaled):
-    """The index over the store."""
-
-    factory: str = Field("auto", description="FAISS factory string, or auto: the most exact kind that fits memory_gb and latency_ms.")
-    memory_gb: float = Field(4.0, gt=0, description="What the vectors of the index may take at most (auto).")
-    latency_ms: float = Field(10.0, gt=0, description="Time for one query on one thread that auto aims at.")
-    shards: int = Field(
-        0, ge=0, description="Shard files; each is built by one Ray task. 0: one per 500k rows or 256 MB, two from 100k rows on."
-    )
-    nprobe: int = Field(
-        0,
-        ge=0,
-        description="Lists that an IVF search visits (candidates of an HNSW search). 0: the fewest within a point of the best measured recall.",
-    )
-
-
-@dataclass(frozen=True)
-class StudentVectors:
-    """Vectors that a student makes of a table's texts."""
-
-    student: Folder
-    width: int
-    threads: int
-    columns: tuple[str, ...] = ("text", "text_pair")
-
-    def of(self, table: pa.Table) -> np.ndarray:
-        """Unit vectors (n, width) float32."""
-        texts = list(zip(table["text"].to_pylist(), table["text_pair"].to_pylist(), strict=True))
-        return self.load()[0].encode(texts)[1].numpy() if texts else np.zeros((0, self.width), np.float32)
-
-    def load(self) -> Any:
-        return loaded(self.student, (artifacts.read_manifest(self.student) or artifacts.check(self.student)).content, self.threads)
-
-
-@lru_cache(maxsize=1)
-def loaded(folder: Folder, content: str, threads: int) -> tuple[Any, str]:
-    """A worker loads a student once, not once a row group; `content` tells a student from another in the same folder."""
-    import torch
-
-    from retrikt_ray.student.model import Student
-
-    torch.set_num_threads(threads)
-    return Student.load(str(folder.local())), content
-
-
-def encode_validation(task: Folder, student: Folder, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """The student's answers (Q, C) and vectors (Q, width) for the validation rows (a Ray task)."""
-    rows = task.read_table("validation.parquet", ["text", "text_pair"]).to_pylist()
-    answers, vectors = StudentVectors(student, 0, threads).load()[0].encode([(r["text"], r["text_pair"]) for r in rows])
-    return answers.numpy(), vectors.numpy()
-
-
-def build_index(
-    config: IndexConfig, store: Folder, student: Folder, out: Folder, queries: np.ndarray, *, seed: int, workers: Workers | None
-) -> dict[str, Any]:
-    """Dense and lexical shards over a store, and index.json, which is returned. queries: (Q, width), to measure recall with."""
-    threads = workers.threads if workers else 1
-    vectors = StudentVectors(student, queries.shape[1], threads)
-    keys = {k: getattr(config, k) for k in ("factory", "shards", "nprobe", "memory_gb", "latency_ms")}
-    return build(Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers, **keys)
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
@@ -102,17 +40,12 @@ def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
 def fit_on_validation(inputs: dict[str, Folder], folder: Folder, answers: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
     """Search the validation rows in the new shards and fit the mixture (a Ray task)."""
-    from retrikt_ray.index.lexical import Lexical
-    from retrikt_ray.index.search import Searcher
-    from retrikt_ray.knowledge.knowledge import matrix
-    from retrikt_ray.predictor import MOST, Votes, fit_mixture
-
-    rows = inputs["task"].read_table("validation.parquet", ["text", "text_pair", "value"]).to_pylist()
-    labels = matrix(inputs["store"].read_tables(columns=["teacher_probs"])["teacher_probs"])
+    table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
+    labels = read_labels(inputs["store"])
     votes = []
     for positions, similarities in (
         Searcher.unsealed(folder, join=False).search(queries, MOST),
-        Lexical.unsealed(folder).search([(r["text"], r["text_pair"]) for r in rows], MOST),
+        Lexical.unsealed(folder).search(texts_of(table), MOST),
     ):
         votes.append(Votes(similarities, labels[positions]))
-    return asdict(fit_mixture(np.array([r["value"] for r in rows]), answers, *votes))
+    return asdict(fit_mixture(np.array(table["value"].to_pylist()), answers, *votes))

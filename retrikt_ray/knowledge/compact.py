@@ -14,20 +14,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retrikt_ray.index.build import Source
-from retrikt_ray.index.index import IndexConfig, build_index, encode_validation
-from retrikt_ray.knowledge import log as edits
-from retrikt_ray.knowledge.knowledge import base_of, check_origin
-from retrikt_ray.knowledge.log import State, read_edit, read_state, writing
+from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.vectors import encode_validation
+from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, read_log, sweep, writing
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers, each
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.tables import Source
 
 PART_ROWS = 4096  # of the added rows in a new store
 
 
-def compact(run: Folder, workers: Workers | None = None) -> State | None:
+def compact(run: Folder, workers: Workers | None = None) -> Log | None:
     """Write a new base of the live rows and empty the log; None where there was nothing to do. workers None: in this process.
 
     1. Check what is there.  2. The live rows.  3. Their index.  4. From the old base to the new one, at once.
@@ -35,25 +34,25 @@ def compact(run: Folder, workers: Workers | None = None) -> State | None:
     folder = run / "knowledge"
     with writing(run):
         # 1. check
-        state = read_state(folder)
+        log = read_log(folder)
         student = check(run / "student", deep=True).content
-        if state is None:
+        if log is None:
             return None
-        check_origin(run, state)
-        where, began = base_of(run, state), time.time()
+        check_origin(run, log)
+        where, began = base_of(run, log), time.time()
         configs = [check(f / "index").config for f in (run, where)]  # the run's own index may have been made anew
-        if not state.edits and state.contents["student"] == student and configs[0] == configs[1]:
+        if not log.edits and log.contents["student"] == student and configs[0] == configs[1]:
             return None
-        edits.sweep(folder, state)
+        sweep(folder, log)
         seal = check(where / "store", deep=True)
-        if seal.content != state.contents["store"]:
+        if seal.content != log.contents["store"]:
             raise ArtifactError(f"{where}/store is not the store that {folder}/{MANIFEST} names")
-        base = folder / f"base-{state.version + 1:06d}"
+        base = folder / f"base-{log.version + 1:06d}"
         config = IndexConfig(**configs[0])
-        more: Any = {"stage": "compact", "fingerprint": f"{state.contents['store'][:16]}+{state.version}", "seed": seal.seed}
+        more: Any = {"stage": "compact", "fingerprint": f"{log.contents['store'][:16]}+{log.version}", "seed": seal.seed}
 
         # 2. the live rows
-        write_live(where / "store", [read_edit(folder, e) for e in state.edits], base / "store")
+        write_live(where / "store", [read_edit(folder, e) for e in log.edits], base / "store")
         stored = artifacts.seal(base / "store", config={}, inputs={"store": seal.content}, started=began, **more).content
 
         # 3. their index
@@ -65,18 +64,17 @@ def compact(run: Folder, workers: Workers | None = None) -> State | None:
 
         # 4. at once
         contents = {"student": student, "store": stored, "index": indexed}
-        after = State(state.version + 1, base.uri.rsplit("/", 1)[1], contents, state.origin, previous=state.base)
+        after = Log(log.version + 1, base.uri.rsplit("/", 1)[1], contents, log.origin, previous=log.base)
         folder.write_sealed(MANIFEST, asdict(after))
-        edits.sweep(folder, after)
+        sweep(folder, after)
         return after
 
 
-def write_live(store: Folder, log: list[pa.Table], out: Folder) -> None:
-    """The rows of a store that the log does not delete, in their order, a row group at a time; then the rows that it adds."""
+def write_live(store: Folder, edits: list[pa.Table], out: Folder) -> None:
+    """The rows of a store that the edits do not delete, in their order, a row group at a time; then the rows that it adds."""
     source = Source.of(store)
-    with store.parquet(source.groups[0][0]) as file:
-        columns = file.schema_arrow.names
-    table = pa.concat_tables(log) if log else None
+    columns = source.schema.names
+    table = pa.concat_tables(edits) if edits else None
     gone = pa.array([] if table is None else table.filter(table["deleted"])["position"].to_pylist(), pa.int64())
     parts = 0
 

@@ -1,254 +1,176 @@
-"""The knowledge of a run, opened for search: its store, its index, and what was edited since.
+"""The knowledge of a run: what its student retrieves from. It is searched through a view, and edited without training.
 
-Rows have positions: those of the base (the run's `store/` and `index/`, or what compaction wrote in their place) come first, added rows go on
-behind them. Added rows are searched exactly, in memory, beside the base; deleted ones are passed over. Nothing is answered
-before every file was compared with its manifest, and the manifests with each other.
+    knowledge = Knowledge.open("runs/mine")
+    ids = knowledge.add([{"text": "Gas smell on floor 3", "label": "safety"}])   # or without a label: the teacher gives it
+    knowledge.delete(ids)
+
+Each call is one edit: all of it is there when it returns, or none of it (`log.py`). The id of an added row, where none is given, follows from
+its text, so that a call that is repeated after a crash does not add a row twice.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from retrikt_ray.index.lexical import Lexical
-from retrikt_ray.index.search import Search, Searcher, merge
-from retrikt_ray.knowledge import log as edits
-from retrikt_ray.knowledge.log import State
+from retrikt_ray.index.search import Searcher
+from retrikt_ray.knowledge import edit
+from retrikt_ray.knowledge.compact import compact
+from retrikt_ray.knowledge.log import Log, read_log, writing
+from retrikt_ray.knowledge.rows import checked
+from retrikt_ray.knowledge.view import Base, Opener, Places, View, open_base
 from retrikt_ray.runtime.artifacts import check
+from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.task.card import Task
 
-if TYPE_CHECKING:
-    from retrikt_ray.teacher.annotator import Text
-
-COLUMNS = ["id", "text", "text_pair", "source", "asked_label", "teacher_probs"]  # of the store, kept in memory
-TRIES = 5  # to read a state that others go on changing
-REMOTE_LOOK_S = 2.0  # between two looks at the manifest of a run that is not on a local disk
-
-
-@dataclass(frozen=True)
-class Hits:
-    """What a search found for Q queries, best first."""
-
-    positions: np.ndarray  # (Q, k) int64, -1 where there is none
-    scores: np.ndarray  # (Q, k) cosine similarity, or BM25 score; -inf where there is none
-    ids: list[list[str]]  # of the rows found
-    labels: np.ndarray  # (Q, k, C) the rows' teacher probabilities, or values in regression (C = 1)
-
-    def part(self, low: int, high: int) -> Hits:
-        """Of the queries low .. high - 1."""
-        return Hits(self.positions[low:high], self.scores[low:high], self.ids[low:high], self.labels[low:high])
-
-
-def matrix(column: Any) -> np.ndarray:
-    """A column of equally long lists as (n, C) float32."""
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
-
-
-def base_of(run: Folder, state: State | None) -> Folder:
-    """The folder that holds `store/` and `index/`: the run, or what compaction wrote."""
-    return run if state is None or state.base is None else run / "knowledge" / state.base
-
-
-def check_origin(run: Folder, state: State) -> None:
-    """Raises ArtifactError when the run's own store was made anew since its knowledge was edited."""
-    if check(run / "store").content != state.origin:
-        raise ArtifactError(
-            f"{run}/knowledge/{MANIFEST} holds edits of another store than {run}/store, which was made anew since. Save the added rows with "
-            f"`retrikt store export {run} --out added.jsonl`, remove {run}/knowledge, and add them again"
-        )
+TRIES = 5  # to read a log that others go on changing
+REMOTE_PAUSE_S = 2.0  # between two looks at the log of a run that is not on a local disk
 
 
 class Knowledge:
-    """Rows, vectors and words of a run. `refresh` before a search sees what other processes edited."""
+    """`view` is the state that searches are answered from; `refresh` swaps it, at once, for the newest."""
 
-    def __init__(
-        self, run: Folder, threads: int = 1, *, edited: bool = True, opener: Callable[[Folder, int], Search] | None = None
-    ) -> None:
-        """Open and verify. edited=False: as the run made it. opener: who answers dense queries; default: this process.
+    view: View
+
+    def __init__(self, places: Places, threads: int = 1, opener: Opener | None = None) -> None:
+        """Open and verify. threads: of FAISS; opener: who answers dense queries, default: this process.
 
         Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
         """
-        self.run, self.threads, self.edited = run, threads, edited
-        self.folder = run / "knowledge"
-        self.opener = opener or Searcher.unsealed
-        if not run.exists("config.yaml"):
-            raise ArtifactError(f"{run} is not a run directory: it has no config.yaml")
-        check(run / "task", deep=True)
-        self.task: dict[str, Any] = (run / "task").read_json("task.json")
-        self.student = check(run / "student", deep=True).content
-        self.seen: Any = None
-        self.state: State | None = None
-        self.searcher: Search | None = None
+        self.places, self.threads, self.opener = places, threads, opener or Searcher.unsealed
+        check(places.task, deep=True)
+        self.task = Task.read(places.task)
+        self.student = check(places.student, deep=True).content
+        self.base: Base | None = None  # of the next view; None: to be opened
+        self.signature: Any = None  # of the log that the view was read from
+        self.current = False  # the view is of that log; else reading it failed, and the next look tries again
         self.looked = 0.0
-        self.based = False  # store and index are open, and known to belong together
-        self.whole = False  # all of the state that was seen is taken over
         self.follow()
 
-    # opening
+    @staticmethod
+    def open(run: str | os.PathLike[str] | Folder, threads: int = 1, *, edited: bool = True, opener: Opener | None = None) -> Knowledge:
+        """The knowledge of a run directory. edited=False: as the run made it."""
+        return Knowledge(Places.of(run if isinstance(run, Folder) else Folder.at(run), edited), threads, opener)
 
-    def read_state(self) -> State | None:
-        self.seen = self.signature()
-        return edits.read_state(self.folder) if self.edited else None
+    def __repr__(self) -> str:
+        return f"Knowledge({str(self.places.run or self.places.store)!r}: {self.count:,} rows, version {self.view.version})"
 
-    def signature(self) -> Any:
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def count(self) -> int:
+        """Rows that can be found."""
+        return self.view.count
+
+    # following what is edited
+
+    def now(self) -> Any:
         """Changes with every edit."""
-        if not self.edited or not self.folder.exists(MANIFEST):
-            return None
-        fs, path = self.folder._fs(MANIFEST)
-        info = fs.info(path)
-        return [info.get(k) for k in ("mtime", "ino", "size", "ETag", "LastModified")]
-
-    def load_base(self, state: State | None) -> None:
-        """Open the store and the index that the state names."""
-        self.based = False
-        if check(self.run / "student").content != self.student:
-            raise ArtifactError(f"{self.run}/student was made anew since this process opened it: start the process again")
-        where = base_of(self.run, state)
-        if state:
-            check_origin(self.run, state)
-        # The manifests with each other, before any file with its manifest: a whole manifest of another run must not vouch for anything.
-        seals = {name: check(where / name, only=[]) for name in ("store", "index")}
-        contents = {"student": self.student} | {name: seal.content for name, seal in seals.items()}
-        for name, content in state.contents.items() if state else ():
-            if content != contents[name] and name != "student" and where != self.run:
-                raise ArtifactError(f"{where}/{name}/{MANIFEST} was exchanged: it is not the one that {self.folder}/{MANIFEST} knows")
-            if content != contents[name]:
-                raise ArtifactError(
-                    f"{self.folder}/{MANIFEST} holds edits of another {name} than {self.run}/{name}: it was made anew since. "
-                    f"`retrikt store compact {self.run}` takes the edits over"
-                )
-        for name in ("student", "store"):
-            if seals["index"].inputs.get(name) != contents[name]:
-                raise ArtifactError(
-                    f"{where}/index/{MANIFEST} says that the index was built from another {name} than "
-                    f"{(self.run if name == 'student' else where)}/{name}; run `retrikt index {self.run}`"
-                )
-        for name in seals:
-            check(where / name, deep=True)
-        if self.searcher is not None:
-            self.searcher.close()  # first: actors of the new base may need the place of the old ones
-        self.searcher = self.opener(where / "index", self.threads)
-        self.base_words = Lexical.unsealed(where / "index")
-        self.card = (where / "index").read_json("index.json")
-        self.base = (where / "store").read_tables(columns=COLUMNS)
-        for part, found in (("shards", self.card["rows"]), ("words", self.base_words.rows)):
-            if found != self.base.num_rows:
-                raise ArtifactError(f"{where}/index holds {part} of {found} rows, {where}/store has {self.base.num_rows}")
-        self.where, self.state, self.contents, self.based = where, state, contents, True
-
-    def apply_edits(self) -> None:
-        """Read the log of the state over the base."""
-        log = [edits.read_edit(self.folder, e) for e in (self.state.edits if self.state else [])]
-        self.rows, self.alive, self.delta, self.words = self.base, np.ones(self.base.num_rows, bool), None, self.base_words
-        if log:
-            table = pa.concat_tables(log)
-            gone = table["deleted"].to_numpy(zero_copy_only=False)
-            new = table.filter(pa.array(~gone))
-            if new["position"].to_pylist() != list(range(self.base.num_rows, self.base.num_rows + len(new))):
-                raise ArtifactError(f"{self.folder}/{MANIFEST}: the positions of added rows do not go on from {self.base.num_rows}")
-            self.alive = np.ones(self.base.num_rows + len(new), bool)
-            self.alive[table["position"].to_numpy()[gone]] = False
-            texts = list(zip(new["text"].to_pylist(), new["text_pair"].to_pylist(), strict=True))
-            self.words = self.base_words.edited(texts, self.alive)
-            if len(new):
-                self.rows = pa.concat_tables([self.base, new.select(COLUMNS)])
-                self.delta = Searcher.over(matrix(new["vector"]), self.base.num_rows, self.threads)
-        self.labels = matrix(self.rows["teacher_probs"])  # (N, C)
-        self.ids = self.rows["id"].cast(pa.large_string()).combine_chunks()  # one piece: rows are taken from a chunked one slowly
-        self.masks: dict[tuple[str | None, str | None], np.ndarray | None] = {}
+        return self.places.log and self.places.log.signature(MANIFEST)
 
     def refresh(self, at_once: bool = False) -> bool:
         """Take over what was edited since, by this process or another; True when there was something.
 
         A run that is not on a local disk is looked at every two seconds, unless at_once.
         """
-        if not self.edited:
+        run = self.places.run
+        if run is None:
             return False
-        if self.whole and not at_once and not self.run.is_local and time.monotonic() - self.looked < REMOTE_LOOK_S:
+        if self.current and not at_once and not run.is_local and time.monotonic() - self.looked < REMOTE_PAUSE_S:
             return False
         self.looked = time.monotonic()
-        if self.whole and self.signature() == self.seen:
+        if self.current and self.now() == self.signature:
             return False
-        self.whole = False  # where this fails, the next search must not be answered from half of it, but try again
+        self.current = False
         self.follow()
         return True
 
     def follow(self) -> None:
-        """Take over the state that `knowledge/` has now."""
+        """Swap the view for one of the log as it is now."""
         for attempt in range(TRIES):
             try:
-                state = self.read_state()
-                base, old = ((s.base if s else None) for s in (state, self.state))
-                if not self.based or base != old or (state and state.contents != self.contents):
-                    self.load_base(state)
-                self.state = state
-                self.apply_edits()
-                self.whole = True
+                self.signature = self.now()
+                log = read_log(self.places.log) if self.places.log else None
+                if self.base is None or self.base.name != (log and log.base) or (log and log.contents != self.base.contents):
+                    self.open_base(log)
+                assert self.base is not None
+                self.view = View.over(self.task, self.base, log, self.places, self.threads)
+                self.current = True
                 return
             except (ArtifactError, FileNotFoundError):  # a file of a state that was replaced while we read it
-                if attempt == TRIES - 1 or self.signature() == self.seen:
+                if attempt == TRIES - 1 or self.now() == self.signature:
                     raise
 
-    # reading
+    def open_base(self, log: Log | None) -> None:
+        old, self.base = self.base, None
 
-    @property
-    def count(self) -> int:
-        """Rows that can be found."""
-        return int(self.alive.sum())
+        def opener(index: Folder, threads: int) -> Any:
+            if old is not None:
+                old.searcher.close()  # first: actors of the new base may need the place of the old ones
+            return self.opener(index, threads)
 
-    def find(self, ids: list[str]) -> dict[str, int]:
-        """Positions of the live rows that have these ids."""
-        there = pc.is_in(self.ids, value_set=pa.array(ids, pa.large_string())).to_numpy(zero_copy_only=False)
-        positions = np.flatnonzero(there & self.alive)
-        return dict(zip(self.ids.take(pa.array(positions)).to_pylist(), positions.tolist(), strict=True))
+        self.base = open_base(self.places, log, self.student, self.threads, opener)
 
-    def row(self, position: int) -> dict[str, Any]:
-        """One row: id, text, text_pair, source, asked_label, teacher_probs."""
-        return self.rows.slice(position, 1).to_pylist()[0]
+    # editing
 
-    def allowed(self, label: str | None, source: str | None) -> np.ndarray | None:
-        """(N,) bool of the rows that may be found, or None: all. Raises ConfigError on a label or source that does not exist."""
-        key = (label, source)
-        if key not in self.masks:
-            mask = self.alive
-            if label is not None:
-                if label not in self.task["labels"]:
-                    named = ", ".join(self.task["labels"]) or "none, it is a regression"
-                    raise ConfigError(f"label: found {label!r}; the labels of {self.task['name']} are {named}")
-                mask = mask & (self.labels.argmax(1) == self.task["labels"].index(label))
-            if source is not None:
-                known = sorted(self.rows["source"].filter(pa.array(self.alive)).unique().to_pylist())
-                if source not in known:
-                    raise ConfigError(f"source: found {source!r}; the sources of the store are {', '.join(known)}")
-                mask = mask & pc.equal(self.rows["source"], source).to_numpy(zero_copy_only=False)
-            self.masks[key] = None if mask.all() else mask
-        return self.masks[key]
+    def add(self, rows: Any) -> list[str]:
+        """Add rows {text, text_pair?, label? | teacher_probs?, id?} and return their ids; what has no label gets the teacher's.
 
-    def search(self, vectors: np.ndarray, k: int, *, label: str | None = None, source: str | None = None) -> Hits:
-        """The k nearest rows of each query vector, (Q, width) unit float32. label: only rows that the teacher gives this label."""
-        allowed = self.allowed(label, source)
-        base = self.base.num_rows
-        assert self.searcher is not None
-        positions, similarities = self.searcher.search(vectors, k, None if allowed is None else allowed[:base])
-        if self.delta is not None:
-            more = self.delta.search(vectors, k, allowed)
-            positions, similarities = merge([positions, more[0]], [similarities, more[1]], k)
-        return self.hits(positions, similarities)
+        One row or a list of them; a row may be a text alone, or a pair ("a", "b"). Raises ConfigError that names the row.
+        """
+        fresh = checked(edit.listed(rows), self.task)
+        if not fresh:
+            raise ConfigError("no rows to add")
+        with writing(self.editable()):
+            self.refresh(at_once=True)
+            edit.refuse_known(self.view, fresh, self.editable())
+            self.write(fresh, [])
+        return [str(r["id"]) for r in fresh]
 
-    def search_words(self, texts: list[Text], k: int, *, label: str | None = None, source: str | None = None) -> Hits:
-        """The k rows with the highest BM25 scores for each text; rows that share no word are not found."""
-        return self.hits(*self.words.search(texts, k, self.allowed(label, source)))
+    def update(self, rows: Any) -> list[str]:
+        """Change rows {id, text?, text_pair?, label? | teacher_probs?}; a changed text without a label gets the teacher's. Ids stay."""
+        rows = edit.listed(rows)
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+                raise ConfigError(f"row {i + 1}: found no id; update takes rows with the id of what they change")
+        if not rows:
+            raise ConfigError("no rows to update")
+        with writing(self.editable()):
+            self.refresh(at_once=True)
+            positions = edit.positions_of(self.view, [r["id"] for r in rows], self.editable())
+            fresh = checked(rows, self.task, [self.view.row(p) for p in positions])
+            self.write(fresh, positions)
+        return [str(r["id"]) for r in fresh]
 
-    def hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
-        ids = self.ids.take(pa.array(np.maximum(positions, 0).ravel())).to_pylist()
-        width = positions.shape[1]
-        found = [[ids[i * width + j] for j in range(width) if row[j] >= 0] for i, row in enumerate(positions)]
-        return Hits(positions, scores, found, self.labels[positions])
+    def delete(self, ids: str | list[str]) -> None:
+        """Delete rows by id."""
+        ids = [ids] if isinstance(ids, str) else ids
+        if not ids:
+            raise ConfigError("no ids to delete")
+        with writing(self.editable()):
+            self.refresh(at_once=True)
+            positions = edit.positions_of(self.view, list(dict.fromkeys(ids)), self.editable())
+            if len(positions) == self.count:
+                raise ConfigError(f"this would delete all {self.count} rows of {self.places.run}; a store keeps one at least")
+            self.write([], positions)
+
+    def compact(self, workers: Workers | None = None) -> bool:
+        """Fold the edits into a new base; answers stay the same. True when there was something to fold. workers None: in this process."""
+        after = compact(self.editable(), workers)
+        self.refresh(at_once=True)
+        return after is not None
+
+    def editable(self) -> Folder:
+        """The run directory. Raises ConfigError where this knowledge was opened without its edits."""
+        if self.places.run is None:
+            raise ConfigError("this knowledge was opened as the run made it: open it with its edits to change it")
+        return self.places.run
+
+    def write(self, fresh: list[dict[str, Any]], gone: list[int]) -> None:
+        """Log rows and deletions, and take over the result. Under `writing`, after `refresh`."""
+        edit.write(self.view, self.editable(), self.student, self.threads, fresh, gone)
+        self.refresh(at_once=True)

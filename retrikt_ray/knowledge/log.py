@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
 
@@ -29,8 +30,8 @@ WAIT_S = 120.0  # for another process's edit to end
 
 
 @dataclass(frozen=True)
-class State:
-    """What `manifest.json` says: the base that is edited, and the log."""
+class Log:
+    """What `manifest.json` says: the base that is edited, and the edits."""
 
     version: int  # goes up by one with every edit
     base: str | None  # folder below knowledge/ that compaction wrote; None: the run's own store/ and index/
@@ -50,12 +51,12 @@ class State:
 
 def edit_schema(store: pa.Schema, width: int) -> pa.Schema:
     """Columns of an edit file: the store's, and before them what happens to which position; in deletions all else is null."""
-    log = [("deleted", pa.bool_()), ("position", pa.int64()), ("vector", pa.list_(pa.float32(), width))]
-    return pa.schema([pa.field(n, t) for n, t in log] + list(store))
+    extra = [("deleted", pa.bool_()), ("position", pa.int64()), ("vector", pa.list_(pa.float32(), width))]
+    return pa.schema([pa.field(n, t) for n, t in extra] + list(store))
 
 
-def read_state(folder: Folder) -> State | None:
-    """The state of `knowledge/`, or None where nothing is edited. Raises ArtifactError that names the file that is damaged."""
+def read_log(folder: Folder) -> Log | None:
+    """The log of `knowledge/`, or None where nothing is edited. Raises ArtifactError that names the file that is damaged."""
     if not folder.exists(MANIFEST):
         left = folder.files()
         if left:
@@ -63,10 +64,10 @@ def read_state(folder: Folder) -> State | None:
         return None
     data = folder.read_sealed(MANIFEST)
     try:
-        state = State(**data)
+        log = Log(**data)
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
-    return state if state.base or state.edits else None  # a first edit that did not come to its end
+    return log if log.base or log.edits else None  # a first edit that did not come to its end
 
 
 def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
@@ -81,30 +82,44 @@ def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
     return folder.read_table(name)
 
 
-def commit(folder: Folder, state: State, edit: pa.Table) -> State:
+def append(folder: Folder, log: Log, edit: pa.Table) -> Log:
     """Write one more edit; when this returns, it is there to stay. Called under `writing`."""
-    tables, edits = [edit], list(state.edits)
+    tables, edits = [edit], list(log.edits)
     if len(edits) >= FOLD:
         tables, edits = [*(read_edit(folder, e) for e in edits), edit], []
-    name = f"edit-{state.version + 1:06d}.parquet"
+    name = f"edit-{log.version + 1:06d}.parquet"
     table = pa.concat_tables(tables)
     folder.write_table(name, table)
     gone = int(np.count_nonzero(table["deleted"].to_numpy(zero_copy_only=False)))
     card = {"file": name, "sha256": folder.sha256(name), "bytes": folder.size(name), "added": table.num_rows - gone, "deleted": gone}
-    after = replace(state, version=state.version + 1, edits=[*edits, card])
+    after = replace(log, version=log.version + 1, edits=[*edits, card])
     folder.write_sealed(MANIFEST, asdict(after))
     return after
 
 
-def sweep(folder: Folder, state: State) -> None:
+def sweep(folder: Folder, log: Log) -> None:
     """Remove what no manifest names: files of edits that were folded or compacted, or whose process died."""
-    keep = {MANIFEST, *(e["file"] for e in state.edits)}
+    keep = {MANIFEST, *(e["file"] for e in log.edits)}
     if folder.is_local and Path(folder.uri).is_dir():  # temporary files are no files of the folder, so `files` does not tell of them
         for path in Path(folder.uri).glob("*.tmp-*"):
             path.unlink()
     for name in {n.split("/")[0] for n in folder.files() if n not in keep}:
-        if name not in (state.base, state.previous):
+        if name not in (log.base, log.previous):
             folder.remove(name)
+
+
+def base_of(run: Folder, log: Log | None) -> Folder:
+    """The folder that holds `store/` and `index/`: the run, or what compaction wrote."""
+    return run if log is None or log.base is None else run / "knowledge" / log.base
+
+
+def check_origin(run: Folder, log: Log) -> None:
+    """Raises ArtifactError when the run's own store was made anew since its knowledge was edited."""
+    if check(run / "store").content != log.origin:
+        raise ArtifactError(
+            f"{run}/knowledge/{MANIFEST} holds edits of another store than {run}/store, which was made anew since. Save the added rows with "
+            f"`retrikt store export {run} --out added.jsonl`, remove {run}/knowledge, and add them again"
+        )
 
 
 @contextmanager

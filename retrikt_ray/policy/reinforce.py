@@ -1,36 +1,28 @@
 """Stage 3, reinforce: PPO on the generation prompt, with the frozen base as policy, reference and critic at once.
 
 Policy and reference are the same base behind two prompts, the critic is a small head on its hidden states, and the annotator judges. Only
-prompt and head have gradients, so data parallelism moves a few kilobytes a step.
-
-A held-out set of (condition, seed) pairs is generated from every few iterations: its mean reward chooses the best prompt, and its
-distinct-2, KL, and share of ended texts tell a collapse, at which the run stops and keeps the best prompt.
+prompt and head have gradients, so data parallelism moves a few kilobytes a step. A collapse ends the run early; what is kept is the best
+prompt by the held-out texts, never just the last one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pydantic import Field
 
-from retrikt_ray.policy import rewards as terms
+from retrikt_ray.policy.rewards import RewardWeights, custom_term
 from retrikt_ray.runtime.cluster import plan
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.settings import Scaled, Section
+from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.task.card import Task
+
+if TYPE_CHECKING:
+    from retrikt_ray.policy.loop import Agent, History
+    from retrikt_ray.policy.reward_model import RewardModel
+    from retrikt_ray.runtime.training import Session
 
 VERSION = 1
-
-
-class RewardWeights(Section):
-    """Weight of each term in the reward of a text."""
-
-    fidelity: float = Field(1.0, description="log p(asked label | text) by the annotator; in regression the distance to the asked value.")
-    diversity: float = Field(1.0, description="1 - self-BLEU inside the batch.")
-    novelty: float = Field(1.0, description="Share of the text's word bigrams that neither the task rows nor earlier texts have.")
-    domain: float = Field(4.0, description="Cosine similarity of the text's embedding to its 5 nearest task rows.")
-    fluency: float = Field(0.3, description="Mean log-likelihood of a token under the bare base LM.")
-    length: float = Field(1.0, description="Ended by itself, within the lengths of the task rows.")
 
 
 class ReinforceConfig(Scaled):
@@ -61,149 +53,72 @@ class ReinforceConfig(Scaled):
 
 
 def ppo_loop(config: dict[str, Any]) -> None:
-    """PPO in a Ray Train worker. Rank 0 writes `prompts/` and `curves.json`.
-
-    Per iteration: 1. roll out texts. 2. Reward them. 3. Advantages. 4. Clipped updates over minibatches and epochs. 5. Watch.
-    """
-    import torch
-    from torch import nn
-
-    from retrikt_ray.policy import ppo
-    from retrikt_ray.policy.reward_model import Judge
+    """PPO in a Ray Train worker. Rank 0 writes `prompts/` and `curves.json`."""
+    from retrikt_ray.policy.loop import Agent
+    from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime import training
     from retrikt_ray.teacher import lm, prompts
+    from retrikt_ray.teacher.annotator import Annotator
 
-    c, task, seed = ReinforceConfig(**config["section"]), config["task"], config["seed"]
-    teacher = Folder(config["teacher_uri"])
+    c, task, teacher = ReinforceConfig(**config["section"]), config["task"], config["teacher"]
     card = teacher.read_json("teacher.json")
     base = lm.Base.load(card["base"], card["dtype"])
-    templates = [task["template"].format(label=name) for name in task["conditions"]]
-    start = prompts.load_prompts(teacher).to(base.device)  # (C, S, d)
-    policy = nn.Parameter(start.clone())
-    best = start.clone()
-    training.seed_everything(seed, "value head")
-    critic = nn.Sequential(
-        nn.LayerNorm(base.model.config.hidden_size), nn.Linear(base.model.config.hidden_size, 64), nn.Tanh(), nn.Linear(64, 1)
-    ).to(base.device)
-    optimizer = torch.optim.AdamW(
-        [{"params": [policy], "lr": c.learning_rate}, {"params": critic.parameters(), "lr": c.value_learning_rate}], weight_decay=0.0
-    )
-    tensors = {"policy": policy, "best": best} | {f"critic.{k}": v for k, v in critic.state_dict(keep_vars=True).items()}
-    session = training.Session(config, optimizer, tensors, c.steps)
-    judge = Judge(base, teacher, Folder(config["task_uri"]), c, task)
-    notes = session.notes or {"curve": [], "watch": [], "best_step": 0, "collapse": None, "kl_weight": c.kl_weight}
-    session.notes = notes
-    judge.reservoir = notes.setdefault("reservoir", [])
-    with torch.no_grad():
-        reference = lm.run_prefix(base, start, templates)
-
-    def generate(prompt: Any, conditions: Any, seeds: list[int]) -> tuple[Any, Any]:
-        with torch.no_grad():
-            return lm.sample(base, lm.run_prefix(base, prompt, templates), conditions, seeds, card["max_tokens"])
-
-    def watch(prompt: Any, step: int) -> dict[str, float]:
-        """Figures of the held-out texts; every worker computes the same."""
-        conditions = torch.arange(c.watch_texts, device=base.device) % len(templates)
-        ids, mask = generate(prompt, conditions, [training_seed(seed, "watch", i) for i in range(c.watch_texts)])
-        with torch.no_grad():
-            logits, _ = lm.score(base, lm.run_prefix(base, prompt, templates), conditions, ids, mask)
-            log_p = lm.log_probs_of(logits, ids)
-            ref_logits, _ = lm.score(base, reference, conditions, ids, mask)
-        texts = base.decode(ids, mask)
-        total, parts = judge(texts, conditions, ids, mask, remember=False)
-        figures = {
-            "reward": float(total.mean()),
-            "fidelity": float(parts["fidelity"].mean()),
-            "kl": ppo.text_kl(log_p, lm.log_probs_of(ref_logits, ids), mask).item(),
-            "distinct_2": terms.distinct(texts),
-            "self_bleu": float(terms.self_bleu(texts).mean()),
-            "entropy": ppo.entropy(logits, mask).item(),
-            "terminated": ((ids == base.eos) & mask.bool()).any(1).float().mean().item(),
-        }
-        return {"step": step} | {k: round(v, 5) for k, v in figures.items()}
-
-    if not notes["watch"]:
-        notes["watch"].append(watch(start, 0))
-    for step in range(session.start, c.steps):
-        if notes["collapse"]:
-            session.done(step + 1, "stopped")
-            continue
-        # 1. roll out: row r of iteration i always has the same seed and condition, whatever the number of workers
-        session.set_rate(step)
-        rows = session.mine(list(range(c.texts)))
-        conditions = torch.tensor([(r + step) % len(templates) for r in rows], device=base.device)
-        ids, mask = generate(policy.detach(), conditions, [training_seed(seed, step, r) for r in rows])
-        with torch.no_grad():
-            logits, hidden = lm.score(base, lm.run_prefix(base, policy, templates), conditions, ids, mask)
-            log_p = lm.log_probs_of(logits, ids)
-            ref_log_p = lm.log_probs_of(lm.score(base, reference, conditions, ids, mask)[0], ids)
-            values = critic(hidden).squeeze(-1) * mask
-        # 2. reward
-        total, parts = judge(base.decode(ids, mask), conditions, ids, mask, remember=True)
-        rollout = ppo.Rollout(
-            conditions, ids, mask.float(), log_p, ref_log_p, values, torch.tensor(total, dtype=torch.float32, device=base.device)
-        )
-        # 3. advantages. Scores are centred and scaled per batch: the terms' sizes differ by task
-        scores = (rollout.scores - session.mean(rollout.scores.mean())) / (session.mean(rollout.scores.std()) + 1e-6)
-        token_rewards = ppo.token_rewards(scores, log_p, ref_log_p, rollout.mask, notes["kl_weight"])
-        advantages, returns = ppo.gae(token_rewards, values, rollout.mask, c.gamma, c.lam)
-        advantages = ppo.whiten(advantages, rollout.mask)
-        # 4. update
-        stopped = False
-        for epoch in range(c.epochs):
-            # Minibatches count over all workers, so that every worker makes the same number of steps.
-            for part in training.epoch_batches(len(rows), max(1, c.minibatch // session.world), 1, seed * 7919 + step * 31 + epoch):
-                prefix, (rows_of_part,) = lm.run_prefix_of(base, policy, templates, conditions[part])
-                logits, hidden = lm.score(base, prefix, rows_of_part, ids[part], mask[part])
-                new_log_p = lm.log_probs_of(logits, ids[part])
-                kl = session.mean(ppo.approx_kl(new_log_p.detach(), log_p[part], rollout.mask[part])).item()
-                if kl > c.stop_kl:
-                    stopped = True
-                    break
-                surrogate, _ = ppo.policy_loss(new_log_p, log_p[part], advantages[part], rollout.mask[part], c.clip)
-                new_values = critic(hidden.detach()).squeeze(-1)
-                critic_loss = ppo.value_loss(new_values, values[part], returns[part], rollout.mask[part], 5 * c.clip)
-                (surrogate + 0.5 * critic_loss).backward()
-                session.update(1 / session.world)
-            if stopped:
-                break
-        kl = session.mean(ppo.text_kl(log_p, ref_log_p, rollout.mask)).item()
-        if c.kl_target:
-            notes["kl_weight"] = ppo.adapt_kl_weight(notes["kl_weight"], kl, c.kl_target)
-        point = {"step": step + 1, "reward": float(np.mean(total)), "kl": kl} | {k: float(v.mean()) for k, v in parts.items()}
-        notes["curve"].append({k: round(session.mean(torch.tensor(v, dtype=torch.float64)).item(), 5) for k, v in point.items()})
-        # 5. watch
-        if (step + 1) % c.watch_every == 0 or step + 1 == c.steps:
-            look = watch(policy.detach(), step + 1)
-            notes["collapse"] = collapsed(look, notes["watch"][0], c)
-            if notes["collapse"] is None and look["reward"] > max(w["reward"] for w in notes["watch"]):
-                best.copy_(policy.detach())
-                notes["best_step"] = step + 1
-            notes["watch"].append(look)
-        notes["reservoir"] = judge.reservoir
-        session.done(step + 1, f"reward {np.mean(total):.2f}, fidelity {parts['fidelity'].mean():.2f}, KL {kl:.1f}")
+    supervised = prompts.load_prompts(teacher).to(base.device)
+    agent = Agent(base, supervised, task.prefixes, card["max_tokens"], config["seed"])
+    optimizer = agent.optimizer(c.learning_rate, c.value_learning_rate)
+    session = training.Session(config, optimizer, agent.tensors(), c.steps)
+    rows = config["task_folder"].read_table("train.parquet")
+    reward_model = RewardModel(base, Annotator.load(teacher), task, rows, c.weights, c.custom_rewards)
+    history = train(c, agent, reward_model, session)
     if session.rank == 0:
-        out = Folder(config["out_uri"])
-        prompts.save_prompts(out, best, card["base"])
-        out.write_json("curves.json", {k: v for k, v in notes.items() if k != "reservoir"})
+        prompts.save_prompts(config["out"], agent.best, card["base"])
+        config["out"].write_json("curves.json", history.curves())
 
 
-def training_seed(seed: int, group: object, row: int) -> int:
-    """A 64-bit seed for one rollout."""
-    import hashlib
+def train(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session: Session) -> History:
+    """All iterations from where the session starts. `agent.best` is then the prompt of `history.best_step`."""
+    from retrikt_ray.policy import loop
 
-    return int.from_bytes(hashlib.sha256(f"{seed}:{group}:{row}".encode()).digest()[:8], "big")
+    history = loop.History.from_json(session.notes) if session.notes else loop.History(kl_weight=c.kl_weight)
+    reward_model.reservoir = history.reservoir
+    if not history.watch:
+        history.watch.append(loop.watch(agent, reward_model, c.watch_texts, 0, session.seed))
+    for step in range(session.start, c.steps):
+        progress = "stopped" if history.collapse else iterate(c, agent, reward_model, session, history, step)
+        history.reservoir = reward_model.reservoir
+        session.notes = history.to_json()
+        session.done(step + 1, progress)
+    return history
 
 
-def collapsed(look: dict[str, float], first: dict[str, float], c: ReinforceConfig) -> str | None:
-    """Why this look at the held-out texts counts as a collapse, or None."""
-    if look["kl"] > c.collapse_kl:
-        return f"step {look['step']}: KL {look['kl']:.1f} nats a text, limit {c.collapse_kl:g}"
-    if look["distinct_2"] < c.collapse_distinct * first["distinct_2"]:
-        return f"step {look['step']}: distinct-2 {look['distinct_2']:.2f}, began at {first['distinct_2']:.2f}"
-    if look["terminated"] < 0.5 * first["terminated"]:
-        return f"step {look['step']}: only {look['terminated']:.0%} of the texts end, began at {first['terminated']:.0%}"
-    return None
+def iterate(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session: Session, history: History, step: int) -> str:
+    """1. Roll out and reward texts. 2. Advantages. 3. Clipped updates over minibatches and epochs. 4. KL weight. 5. Watch.
+
+    Returns a line on the progress.
+    """
+    from retrikt_ray.policy import loop, ppo
+
+    session.set_rate(step)
+    # 1. roll out
+    rows = session.share(list(range(c.texts)))
+    rollout, rewards = loop.roll_out(agent, reward_model, rows, step, session.seed)
+    # 2. advantages
+    advantages, returns = loop.advantages_of(rollout, session, history.kl_weight, c.gamma, c.lam)
+    # 3. update
+    batches = loop.minibatches(len(rows), c.minibatch, c.epochs, session, step)
+    loop.update(agent, session, rollout, advantages, returns, batches, clip=c.clip, stop_kl=c.stop_kl)
+    # 4. KL weight
+    kl = session.mean(ppo.text_kl(rollout.log_probs, rollout.ref_log_probs, rollout.mask)).item()
+    if c.kl_target:
+        history.kl_weight = ppo.adapt_kl_weight(history.kl_weight, kl, c.kl_target)
+    history.curve.append(loop.curve_point(session, step + 1, rewards, kl))
+    # 5. watch
+    if (step + 1) % c.watch_every == 0 or step + 1 == c.steps:
+        figures = loop.watch(agent, reward_model, c.watch_texts, step + 1, session.seed)
+        collapse = loop.collapse_reason(figures, history.watch[0], c.collapse_kl, c.collapse_distinct)
+        if history.add_watch(figures, collapse):
+            agent.best.copy_(agent.policy.detach())
+    return f"reward {rewards.total.mean():.2f}, fidelity {rewards.terms['fidelity'].mean():.2f}, KL {kl:.1f}"
 
 
 def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
@@ -212,7 +127,7 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
 
     policy, teacher = out["policy"], inputs["teacher"]
     for path in config.custom_rewards:
-        terms.custom_term(path)
+        custom_term(path)
     if config.steps == 0:
         for name in teacher.files():
             if name.startswith("prompts/"):
@@ -222,15 +137,15 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
     if not policy.exists("curves.json"):
         common = {
             "section": config.model_dump(),
-            "task": inputs["task"].read_json("task.json"),
-            "task_uri": inputs["task"].uri,
-            "teacher_uri": teacher.uri,
-            "out_uri": policy.uri,
+            "task": Task.read(inputs["task"]),
+            "task_folder": inputs["task"],
+            "teacher": teacher,
+            "out": policy,
             "seed": seed,
         }
         launch(ppo_loop, common, plan(config, "reinforce", cpus=2, grow=False), out["scratch"], "ppo", "reinforce: PPO")
     curves = policy.read_json("curves.json")
-    best = next(w for w in curves["watch"] if w["step"] == curves["best_step"])
+    best = next(figures for figures in curves["watch"] if figures["step"] == curves["best_step"])
     figures = {
         "best_step": f"{curves['best_step']} of {config.steps}",
         "reward": f"{curves['watch'][0]['reward']:.2f} -> {best['reward']:.2f}",

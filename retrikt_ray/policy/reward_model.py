@@ -1,85 +1,99 @@
-"""The judge of PPO: annotator, base LM and task rows put together into the reward terms of a batch of texts."""
+"""The reward model of PPO: annotator, base LM and task rows, put together into the reward terms of a batch of texts."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from retrikt_ray.policy import rewards
-from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.task.files import tidy
+from retrikt_ray.policy.rewards import RewardWeights, TaskRows
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import joined, split_pair, texts_of
 from retrikt_ray.teacher import lm
-from retrikt_ray.teacher.annotator import Classifier
-
-if TYPE_CHECKING:
-    from retrikt_ray.policy.reinforce import ReinforceConfig
+from retrikt_ray.teacher.annotator import Annotator
 
 RESERVOIR_TEXTS = 512  # earlier texts that novelty is measured against, beside the task rows
 
 
-def split_pair(text: str, pair: bool) -> tuple[str, str | None]:
-    """A generated sequence as text and second text: two lines in pair tasks. A missing second line is an empty text."""
-    if not pair:
-        return tidy(text), None
-    first, _, second = text.strip().partition("\n")
-    return tidy(first), tidy(second)
+class Rewards(NamedTuple):
+    """Rewards of N texts."""
+
+    total: np.ndarray  # (N,) the weighted sum of the terms
+    terms: dict[str, np.ndarray]  # by name, (N,) each, without weights
 
 
-class Judge:
-    """Calling it gives the reward of each text (N,) and every term (N,) by name."""
+class RewardModel:
+    """Calling it gives the rewards of generated texts."""
 
-    def __init__(self, base: lm.Base, teacher: Folder, task_folder: Folder, config: ReinforceConfig, task: dict[str, Any]) -> None:
-        self.base, self.config, self.task = base, config, task
-        self.annotator = Classifier.load(teacher)
-        rows = task_folder.read_table("train.parquet").to_pylist()
-        texts = [(r["text"], r["text_pair"]) for r in rows]
-        self.task_embeddings = self.annotator.annotate(texts)[1].numpy()
-        joined = [a if b is None else f"{a}\n{b}" for a, b in texts]
-        self.task_grams = {g for t in joined for g in rewards.ngrams(rewards.words(t), 2)}
-        lengths = np.array([len(r) + 1 for r in base.tokenizer(joined, add_special_tokens=False)["input_ids"]])
-        self.low, self.high = np.percentile(lengths, [5, 95])
-        values = np.array([r["value"] for r in rows])
-        conditions = np.array([r["condition"] for r in rows])
-        self.means = np.array(
-            [values[conditions == i].mean() if (conditions == i).any() else values.mean() for i in range(len(task["conditions"]))]
-        )
-        self.spread = float(values.std()) or 1.0
+    def __init__(
+        self, base: lm.Base, annotator: Annotator, task: Task, rows: pa.Table, weights: RewardWeights, custom: dict[str, float]
+    ) -> None:
+        """rows: the labelled rows of the task. custom: weights of further terms, by `package.module:function`."""
+        self.base, self.annotator, self.task = base, annotator, task
+        self.weights = weights.model_dump() | custom
+        self.custom = {path: rewards.custom_term(path) for path in custom}
+        self.rows = task_rows(base, annotator, task, rows)
+        self.bare = bare_prefix(base)
         self.reservoir: list[str] = []
-        # The bare LM: <bos> alone, or <eos> (which ends the document before) for tokenizers without <bos>.
-        nothing = torch.zeros((1, 0, base.dim), device=base.device)
-        end = base.embed(torch.tensor([[base.eos]], device=base.device))
-        self.bare = lm.run_prefix(base, end if base.tokenizer.bos_token_id is None else nothing, [""])
 
-    def __call__(
-        self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor, remember: bool
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """texts: N; conditions (N,); ids, mask (N, T). remember: later texts will be compared with these."""
-        asked = conditions.cpu().numpy()
-        pairs = [split_pair(t, self.task["pair"]) for t in texts]
-        probs, embeddings = (x.numpy() for x in self.annotator.annotate(pairs))
+    def __call__(self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor) -> Rewards:
+        """texts: N; conditions (N,); ids, mask (N, T)."""
+        batch = self._batch(texts, conditions, ids, mask)
+        terms = {name: term(batch) for name, term in rewards.TERMS.items()}
+        names = [self.task.conditions[i] for i in batch.asked]
+        for path, function in self.custom.items():
+            terms[path] = np.asarray(function(texts, names), dtype=float)
+            if terms[path].shape != (len(texts),):
+                raise ValueError(f"{path} returned shape {terms[path].shape} for {len(texts)} texts; expected ({len(texts)},)")
+        return Rewards(sum(self.weights[name] * term for name, term in terms.items()), terms)
+
+    def remember(self, texts: list[str]) -> None:
+        """Later texts have to differ from these."""
+        self.reservoir = (self.reservoir + texts)[-RESERVOIR_TEXTS:]
+
+    def _batch(self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor) -> rewards.Batch:
+        answers, embeddings = (x.numpy() for x in self.annotator.annotate([split_pair(t, self.task.pair) for t in texts]))
         with torch.no_grad():
             logits, _ = lm.score(self.base, self.bare, torch.zeros_like(conditions), ids, mask)
             likelihood = (lm.log_probs_of(logits, ids) * mask).sum(1) / mask.sum(1)
-        ended = ((ids == self.base.eos) & mask.bool()).any(1).cpu().numpy()
-        seen = self.task_grams | {g for t in self.reservoir for g in rewards.ngrams(rewards.words(t), 2)}
-        regression = self.task["problem"] == "regression"
-        parts = {
-            "fidelity": rewards.closeness(probs[:, 0], self.means[asked], self.spread) if regression else rewards.fidelity(probs, asked),
-            "diversity": 1.0 - rewards.self_bleu(texts),
-            "novelty": rewards.novelty(texts, seen),
-            "domain": rewards.domain(embeddings, self.task_embeddings),
-            "fluency": likelihood.cpu().numpy(),
-            "length": rewards.length(mask.sum(1).cpu().numpy(), ended, self.low, self.high),
-        }
-        weights = self.config.weights.model_dump()
-        names = [self.task["conditions"][i] for i in asked]
-        for path, weight in self.config.custom_rewards.items():
-            parts[path], weights[path] = np.asarray(rewards.custom_term(path)(texts, names), dtype=float), weight
-            if parts[path].shape != (len(texts),):
-                raise ValueError(f"{path} returned shape {parts[path].shape} for {len(texts)} texts; expected ({len(texts)},)")
-        if remember:
-            self.reservoir = (self.reservoir + texts)[-RESERVOIR_TEXTS:]
-        return sum(weights[k] * v for k, v in parts.items()), parts
+        return rewards.Batch(
+            texts=texts,
+            asked=conditions.cpu().numpy(),
+            answers=answers,
+            embeddings=embeddings,
+            likelihood=likelihood.cpu().numpy(),
+            tokens=mask.sum(1).cpu().numpy(),
+            ended=((ids == self.base.eos) & mask.bool()).any(1).cpu().numpy(),
+            seen=self.rows.bigrams | rewards.bigrams(self.reservoir),
+            rows=self.rows,
+        )
+
+
+def task_rows(base: lm.Base, annotator: Annotator, task: Task, table: pa.Table) -> TaskRows:
+    """What the terms read of the labelled rows."""
+    texts = texts_of(table)
+    sequences = [joined(t) for t in texts]
+    lengths = np.array([len(ids) + 1 for ids in base.tokenizer(sequences, add_special_tokens=False)["input_ids"]])
+    low, high = np.percentile(lengths, [5, 95])
+    values, conditions = np.array(table["value"].to_pylist()), np.array(table["condition"].to_pylist())
+    groups = [values[conditions == i] for i in range(len(task.conditions))]
+    return TaskRows(
+        embeddings=annotator.annotate(texts)[1].numpy(),
+        bigrams=rewards.bigrams(sequences),
+        low=low,
+        high=high,
+        values=np.array([(group if len(group) else values).mean() for group in groups]),
+        spread=float(values.std()) or 1.0,
+        regression=task.regression,
+    )
+
+
+def bare_prefix(base: lm.Base) -> lm.Prefix:
+    """The LM without a prompt: <bos> alone, or <eos> (which ends the document before) for tokenizers without <bos>."""
+    nothing = torch.zeros((1, 0, base.dim), device=base.device)
+    end = base.embed(torch.tensor([[base.eos]], device=base.device))
+    return lm.run_prefix(base, end if base.tokenizer.bos_token_id is None else nothing, [""])

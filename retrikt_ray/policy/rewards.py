@@ -1,7 +1,8 @@
-"""Rewards of a generated text, and the figures that tell a collapse. Pure functions of strings and arrays.
+"""The terms of a generated text's reward, and distinct-n. Pure functions of strings and arrays.
 
 The paper (RetriKT, arXiv 2310.15594) does not publish its reward; these terms and their weights are our own design. Each term is
-logged on its own. More terms come by import path: `package.module:function(texts, labels) -> array of shape (N,)`.
+logged on its own. A new term is a function here, its line in TERMS and its weight in RewardWeights; where it reads what `Batch` does not have
+yet, `reward_model.py` fills that in. Without any change here, terms come by import path: `package.module:function(texts, labels) -> (N,)`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,67 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.settings import ConfigError, Section
+
+Ngram = tuple[str, ...]
+
+
+class RewardWeights(Section):
+    """Weight of each term in the reward of a text."""
+
+    fidelity: float = Field(1.0, description="log p(asked label | text) by the annotator; in regression the distance to the asked value.")
+    diversity: float = Field(1.0, description="1 - self-BLEU inside the batch.")
+    novelty: float = Field(1.0, description="Share of the text's word bigrams that neither the task rows nor earlier texts have.")
+    domain: float = Field(4.0, description="Cosine similarity of the text's embedding to its 5 nearest task rows.")
+    fluency: float = Field(0.3, description="Mean log-likelihood of a token under the bare base LM.")
+    length: float = Field(1.0, description="Ended by itself, within the lengths of the task rows.")
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The labelled rows of the task, as far as the terms compare generated texts with them."""
+
+    embeddings: np.ndarray  # (M, d) the annotator's
+    bigrams: set[Ngram]  # of their words
+    low: float  # 5th percentile of their lengths in tokens, <eos> included
+    high: float  # 95th percentile
+    values: np.ndarray  # (C,) mean value of each condition's rows
+    spread: float  # standard deviation of the values
+    regression: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N generated texts, and what the annotator and the base LM say of them: all that a term may read."""
+
+    texts: list[str]
+    asked: np.ndarray  # (N,) the condition that each was asked for
+    answers: np.ndarray  # (N, C) the annotator's class probabilities; in regression (N, 1) values
+    embeddings: np.ndarray  # (N, d) the annotator's
+    likelihood: np.ndarray  # (N,) mean log-likelihood of a token under the bare base LM, in nats
+    tokens: np.ndarray  # (N,) number of tokens, <eos> included
+    ended: np.ndarray  # (N,) whether it has an <eos>
+    seen: set[Ngram]  # word bigrams of the task rows and of earlier texts
+    rows: TaskRows
 
 
 def words(text: str) -> list[str]:
     return text.lower().split()
 
 
-def ngrams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(tokens: Sequence[str], n: int) -> list[Ngram]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+
+
+def bigrams(texts: Iterable[str]) -> set[Ngram]:
+    """The word bigrams of all the texts."""
+    return {gram for text in texts for gram in ngrams(words(text), 2)}
 
 
 def fidelity(probs: np.ndarray, asked: np.ndarray) -> np.ndarray:
@@ -46,7 +95,7 @@ def self_bleu(texts: Sequence[str], top: int = 3) -> np.ndarray:
     for n in range(1, top + 1):
         counts = [Counter(ngrams(t, n)) for t in tokens]
         # The largest count of each n-gram, and the largest in any other text, so that a text is not its own reference.
-        best: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+        best: dict[Ngram, list[tuple[int, int]]] = {}
         for i, c in enumerate(counts):
             for gram, k in c.items():
                 best.setdefault(gram, []).append((k, i))
@@ -61,7 +110,7 @@ def self_bleu(texts: Sequence[str], top: int = 3) -> np.ndarray:
     return result
 
 
-def novelty(texts: Sequence[str], seen: set[tuple[str, ...]]) -> np.ndarray:
+def novelty(texts: Sequence[str], seen: set[Ngram]) -> np.ndarray:
     """Share of each text's word bigrams that are not in `seen` (those of the task rows and of a reservoir of earlier texts). (N,)"""
     out = np.zeros(len(texts))
     for i, text in enumerate(texts):
@@ -84,6 +133,18 @@ def length(counts: np.ndarray, ended: np.ndarray, low: float, high: float) -> np
     short = np.clip((low - counts) / max(low, 1), 0, 1)
     long = np.clip((counts - high) / max(high, 1), 0, 1)
     return 1.0 - short - long - (~ended.astype(bool)).astype(float)
+
+
+TERMS: dict[str, Callable[[Batch], np.ndarray]] = {  # each (N,); the order is that of the sum and of the curves
+    "fidelity": lambda b: (
+        closeness(b.answers[:, 0], b.rows.values[b.asked], b.rows.spread) if b.rows.regression else fidelity(b.answers, b.asked)
+    ),
+    "diversity": lambda b: 1.0 - self_bleu(b.texts),
+    "novelty": lambda b: novelty(b.texts, b.seen),
+    "domain": lambda b: domain(b.embeddings, b.rows.embeddings),
+    "fluency": lambda b: b.likelihood,
+    "length": lambda b: length(b.tokens, b.ended, b.rows.low, b.rows.high),
+}
 
 
 def distinct(texts: Iterable[str], n: int = 2) -> float:

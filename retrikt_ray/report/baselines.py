@@ -1,4 +1,4 @@
-"""What RetriKT has to beat without a student: majority and TF-IDF, each fitted to a `System`. (Student baselines: `evaluate.fit_and_ask`.)"""
+"""What RetriKT has to beat without a student: majority and TF-IDF, each fitted to a `System`. (Student baselines: `systems.py`.)"""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrikt_ray.teacher.annotator import Text
+from retrikt_ray.task.texts import Text, joined
+
+PAIR_MARK = " \x1f "  # between the texts of a pair
 
 
 class System(NamedTuple):
@@ -15,10 +17,6 @@ class System(NamedTuple):
 
     answer: Callable[[list[Text]], np.ndarray]
     parameters: int
-
-
-def flat(texts: list[Text]) -> list[str]:
-    return [a if b is None else f"{a} \x1f {b}" for a, b in texts]
 
 
 def majority(truth: np.ndarray, classes: int) -> System:
@@ -40,7 +38,7 @@ def tfidf(texts: list[Text], targets: np.ndarray, regression: bool, validation: 
     from retrikt_ray.task.metrics import score
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
-    features = vectorizer.fit_transform(flat(texts))
+    features = vectorizer.fit_transform([joined(t, PAIR_MARK) for t in texts])
     if not regression:
         rows, classes = np.nonzero(targets >= 0.01)
         features, weights = sparse.csr_matrix(features[rows]), targets[rows, classes]
@@ -52,7 +50,7 @@ def tfidf(texts: list[Text], targets: np.ndarray, regression: bool, validation: 
             model = LogisticRegression(C=strength, max_iter=300).fit(features, classes, sample_weight=weights)
 
         def answer(some: list[Text], model: Any = model) -> np.ndarray:
-            found = vectorizer.transform(flat(some))
+            found = vectorizer.transform([joined(t, PAIR_MARK) for t in some])
             if regression:
                 return np.asarray(model.predict(found))[:, None]
             out = np.zeros((len(some), targets.shape[1]))

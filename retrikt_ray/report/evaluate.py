@@ -1,25 +1,31 @@
 """Stage 8, evaluate: teacher, RetriKT and every baseline on the whole test split, and the report.
 
-Systems are fitted and asked in parallel Ray tasks; the teacher, the slow one, answers through Ray Data. Nothing here is chosen on test.
+Systems are fitted and asked in parallel Ray tasks; the teacher, the slow one, answers through an actor pool. Nothing here is chosen on test.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from retrikt_ray.runtime.artifacts import read_manifest
-from retrikt_ray.runtime.cluster import each, plan
+from retrikt_ray.report.systems import BY_NAME, SYSTEMS, Material, part_of_store
+from retrikt_ray.runtime.artifacts import check
+from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import Text, texts_of
 
 VERSION = 1
-CHUNK = 256
-BASELINES = ("student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority")
+CHUNK = 256  # test rows that an actor of the teacher's pool answers at a time
+PART = "store:"  # the name of RetriKT on a part of the store begins so, and ends with the fraction
+EXAMPLE_NEIGHBOURS = 4
 
 
 class EvaluateConfig(Scaled):
@@ -33,7 +39,99 @@ class EvaluateConfig(Scaled):
     latency_texts: int = Field(50, ge=1, description="Texts, one at a time, that latency is the median of.")
 
 
-def one_by_one_ms(answer: Any, texts: list[Any], count: int) -> float:
+@dataclass(frozen=True)
+class Asked:
+    """What a system answered to the test rows, and what it costs."""
+
+    answers: np.ndarray  # (N, C) probabilities, or (N, 1) values
+    parameters: int
+    latency_ms: float
+    rows: int = 0  # of the store that it was fitted to, where that is a part
+
+
+def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
+    """Write `report/`: report.json, report.html, predictions.parquet.
+
+    1. Ask the teacher and every system.  2. Compare what they answered.  3. Write.
+    """
+    workers = plan(config, "evaluate")
+    # 1. ask
+    asked = ask(config, inputs, seed, workers)
+    # 2. compare
+    report = compare(inputs, asked, seed) | {
+        "examples": each(examples_of, [(inputs, config.examples, workers.threads)], workers, "evaluate: examples")[0]
+    }
+    # 3. write
+    write(report, asked, inputs["task"], out["report"])
+    scores = {
+        name: round(part["score"]["mean"], 4) for name, part in (("retrikt", report["systems"]["retrikt"]), ("teacher", report["teacher"]))
+    }
+    return scores | {"metric": report["metric"]}
+
+
+def ask(config: EvaluateConfig, inputs: dict[str, Folder], seed: int, workers: Workers) -> dict[str, Asked]:
+    """What the teacher, every system, and RetriKT on parts of the store answer to the test rows, by name.
+
+    Latencies are taken while as many systems run side by side as there are workers.
+    """
+    import ray
+
+    table = inputs["task"].read_table("test.parquet")
+    chunks = [{"start": start} for start in range(0, len(table), CHUNK)]
+    answers = np.zeros((len(table), Task.read(inputs["task"]).outputs))
+    with track("evaluate: teacher", len(table), "rows") as progress:
+        for row in pool(TeacherAnswers, (inputs["teacher"], inputs["task"], workers.threads), chunks, workers):
+            answers[int(row["row"])] = row["answer"]
+            progress.advance()
+    parts = [f"{PART}{f}" for f in config.store_fractions if 0 < f < 1]
+    names = [*parts, *(s.name for s in SYSTEMS if config.baselines or not s.baseline)]
+    material = Material(inputs, seed, workers.threads)
+    found = each(fit_and_ask, [(name, material, config.latency_texts) for name in names], workers, "evaluate: systems")
+    latency = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(teacher_latency)
+    teacher_ms = ray.get(latency.remote(inputs["teacher"], texts_of(table), config.latency_texts, workers.threads))
+    teacher = Asked(answers, inputs["teacher"].read_json("teacher.json")["parameters"], teacher_ms)
+    return {"teacher": teacher} | dict(zip(names, found, strict=True))
+
+
+class TeacherAnswers:
+    """A Ray Data actor: the annotator's answers for chunks of test rows."""
+
+    def __init__(self, teacher: Folder, task: Folder, threads: int) -> None:
+        import torch
+
+        from retrikt_ray.teacher.annotator import Annotator
+
+        torch.set_num_threads(threads)
+        self.annotator, self.texts = Annotator.load(teacher), texts_of(task.read_table("test.parquet"))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = [i for start in batch["start"].tolist() for i in range(start, min(start + CHUNK, len(self.texts)))]
+        return {"row": np.array(rows), "answer": self.annotator.annotate([self.texts[i] for i in rows])[0].numpy()}
+
+
+def fit_and_ask(name: str, material: Material, latency_texts: int) -> Asked:
+    """Fit one system and ask it the test rows (a Ray task). name: one of SYSTEMS, or PART and a fraction of the store."""
+    import torch
+
+    torch.set_num_threads(material.threads)
+    texts, _ = material.split("test")
+    if name.startswith(PART):
+        system, rows = part_of_store(material, float(name.removeprefix(PART)))
+        return Asked(system.answer(texts), system.parameters, 0.0, rows)
+    system = BY_NAME[name].fit(material)
+    return Asked(system.answer(texts), system.parameters, one_by_one_ms(system.answer, texts, latency_texts))
+
+
+def teacher_latency(teacher: Folder, texts: list[Text], count: int, threads: int) -> float:
+    import torch
+
+    from retrikt_ray.teacher.annotator import Annotator
+
+    torch.set_num_threads(threads)
+    return one_by_one_ms(Annotator.load(teacher).annotate, texts, count)
+
+
+def one_by_one_ms(answer: Callable[[list[Text]], Any], texts: list[Text], count: int) -> float:
     """Median time of one text in milliseconds, after a warm-up."""
     answer(texts[:1])
     times = []
@@ -44,103 +142,68 @@ def one_by_one_ms(answer: Any, texts: list[Any], count: int) -> float:
     return float(np.median(times) * 1e3)
 
 
-class TeacherAnswers:
-    """A Ray Data actor: the annotator's answers for chunks of test rows."""
+def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> dict[str, Any]:
+    """The content of report.json, but for the examples: scores with intervals, paired differences, and what the other artifacts tell."""
+    from retrikt_ray.task.metrics import bootstrap_ci95, paired_ci95, reliability, score
 
-    def __init__(self, teacher_uri: str, threads: int) -> None:
-        import torch
+    task = Task.read(inputs["task"])
+    truth, metric = np.array(inputs["task"].read_table("test.parquet")["value"].to_pylist()), task.metric
 
-        from retrikt_ray.teacher.annotator import Classifier
+    def scored(name: str) -> dict[str, Any]:
+        value = score(metric, truth, asked[name].answers)
+        return {"mean": value, "ci95": bootstrap_ci95(metric, truth, asked[name].answers), "per_seed": [value]}
 
-        torch.set_num_threads(threads)
-        self.model = Classifier.load(Folder(teacher_uri))
+    def costed(name: str) -> dict[str, Any]:
+        return {"score": scored(name), "parameters": asked[name].parameters, "latency_ms": asked[name].latency_ms}
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        texts = list(zip(batch["text"], (p or None for p in batch["text_pair"]), strict=True))
-        return {"row": batch["row"], "answer": self.model.annotate(texts)[0].numpy()}
-
-
-def teacher_latency(teacher: Folder, texts: list[Any], count: int, threads: int) -> float:
-    import torch
-
-    from retrikt_ray.teacher.annotator import Classifier
-
-    torch.set_num_threads(threads)
-    return one_by_one_ms(Classifier.load(teacher).annotate, texts, count)
-
-
-def texts_of(rows: list[dict[str, Any]]) -> list[Any]:
-    return [(r["text"], r["text_pair"]) for r in rows]
-
-
-def fit_and_ask(name: str, inputs: dict[str, Folder], seed: int, threads: int, latency_texts: int) -> dict[str, Any]:
-    """Fit one system and ask it the test rows (a Ray task). name: a system of the report, or `store:FRACTION`.
-
-    Returns {answers (N, C), parameters, latency_ms}.
-    """
-    import torch
-
-    from retrikt_ray.index.lexical import Lexical, Postings
-    from retrikt_ray.index.search import Searcher
-    from retrikt_ray.predictor import Mixture, Predictor, Votes, mix
-    from retrikt_ray.report import baselines
-    from retrikt_ray.runtime.training import Solo
-    from retrikt_ray.student.distill import DistillConfig, build, fit, load_rows, load_validation
-
-    torch.set_num_threads(threads)
-    task, card = inputs["task"], inputs["task"].read_json("task.json")
-    train, validation, test = (task.read_table(f"{s}.parquet").to_pylist() for s in ("train", "validation", "test"))
-    truth = np.array([r["value"] for r in train])
-    classes = len(card["labels"])
-    gold = np.eye(classes, dtype=np.float32)[truth.astype(int)] if classes else truth[:, None].astype(np.float32)
-    checking = (texts_of(validation), np.array([r["value"] for r in validation]))
-
-    if name in ("retrikt", "student_kd_store"):
-        predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads, edited=False)
-
-        def ask(texts: list[Any]) -> np.ndarray:
-            return predictor.predict(texts, evidence=False).answers if name == "retrikt" else predictor.student.encode(texts)[0].numpy()
-
-        system = baselines.System(ask, predictor.student.model.parameter_count)
-    elif name == "majority":
-        system = baselines.majority(truth, classes)
-    elif name == "tfidf_labels":
-        system = baselines.tfidf(texts_of(train), gold, not classes, checking, card["metric"])
-    else:
-        rows = load_rows(inputs["store"])
-        if name == "tfidf_store":
-            system = baselines.tfidf(rows.texts, rows.teacher.numpy(), not classes, checking, card["metric"])
-        else:
-            manifest = read_manifest(inputs["student"])
-            assert manifest is not None
-            config = DistillConfig(**manifest.config)
-            student = build(config, inputs["teacher"], rows, card["pair"], seed)
-            mine = [i for i, v in enumerate(rows.truth.tolist()) if v == v]  # task rows have a true value
-            if name == "student_labels":
-                config = config.model_copy(update={"kd": 0.0, "relation": 0.0, "retrieval": 0.0, "labels": 1.0})
-            if name.startswith("store:"):
-                rng = np.random.default_rng(seed)
-                others = [i for i in range(len(rows.texts)) if i not in set(mine)]
-                mine += sorted(rng.choice(others, int(len(others) * float(name[6:])), replace=False).tolist())
-            chosen = rows.take(mine)
-            fit(student, chosen, load_validation(task), config, seed, lambda optimizer, _, total: Solo(optimizer, total))
-            system = baselines.System(lambda texts: student.encode(texts)[0].numpy(), student.model.parameter_count)
-            if name.startswith("store:"):
-                # The run's own mixture over the part of the store: searched exactly, as it is small
-                mixture = Mixture(**inputs["index"].read_json("mixture.json"))
-                own, words = student.encode(chosen.texts)[1].numpy(), Lexical([Postings.of([chosen.texts], 0)])
-                answers, vectors = (x.numpy() for x in student.encode(texts_of(test)))
-                dense = Searcher.over(own, 0, threads).search(vectors, mixture.k)
-                lexical = words.search(texts_of(test), mixture.lexical_k)
-                labels = chosen.teacher.numpy()
-                near, alike = (Votes(scores, labels[rows]) for rows, scores in (dense, lexical))
-                answers = mix(answers, near, alike, mixture)
-                return {"answers": answers, "parameters": system.parameters, "latency_ms": 0.0, "rows": len(mine)}
-    texts = texts_of(test)
+    systems = {s.name: costed(s.name) for s in SYSTEMS if s.name in asked}
+    paired = {}
+    for name in ["teacher", *(n for n in systems if n != "retrikt")]:
+        difference, half = paired_ci95(metric, truth, asked["retrikt"].answers, asked[name].answers)
+        paired[name] = {"difference": difference, "ci95": half}
+    teacher, store = inputs["teacher"].read_json("teacher.json"), inputs["store"].read_json("store.json")
+    parts = sorted((name for name in asked if name.startswith(PART)), key=lambda name: asked[name].rows)
+    sizes = [{"rows": asked[name].rows, "score": score(metric, truth, asked[name].answers)} for name in parts]
+    bins, error = ([], None) if task.regression else reliability(truth, asked["retrikt"].answers)
+    stages = [check(inputs[name], only=[]) for name in ("task", "teacher", "policy", "store", "student", "index")]
     return {
-        "answers": system.answer(texts),
-        "parameters": system.parameters,
-        "latency_ms": one_by_one_ms(system.answer, texts, latency_texts),
+        "task": task.name,
+        "problem": task.problem,
+        "labels": list(task.labels),
+        "metric": metric,
+        "seeds": [seed],
+        "ci95_of": "test rows",
+        "rows": {s: inputs["task"].read_table(f"{s}.parquet", ["id"]).num_rows for s in ("train", "validation", "test", "unlabelled")},
+        "teacher": {"name": teacher["annotator"], "generator": teacher["base"]} | costed("teacher"),
+        "systems": systems,
+        "paired": paired,
+        "store": {key: store[key] for key in ("generated", "kept", "rejected", "by_source")},
+        "rl": learning_curves(inputs["policy"]),
+        "store_size": [*sizes, {"rows": store["kept"], "score": systems["retrikt"]["score"]["mean"]}],
+        "mixture": inputs["index"].read_json("mixture.json"),
+        "reliability": bins,
+        "ece": error,
+        "seconds": {manifest.stage: manifest.seconds for manifest in stages},
+    }
+
+
+def learning_curves(policy: Folder) -> dict[str, Any]:
+    """What the report shows of reinforcement; nothing where there was none."""
+    curves = policy.read_json("curves.json")
+    curve, watch = curves["curve"], curves["watch"]
+    if not curve:
+        return {}
+
+    def columns(points: list[dict[str, Any]]) -> dict[str, list[Any]]:
+        return {key: [p[key] for p in points] for key in (points[0] if points else {}) if key != "step"}
+
+    return {
+        "steps": [p["step"] for p in curve],
+        "terms": columns(curve),
+        "watch_steps": [p["step"] for p in watch],
+        "watch": columns(watch),
+        "best_step": curves["best_step"],
+        "collapse": curves["collapse"],
     }
 
 
@@ -148,134 +211,29 @@ def examples_of(inputs: dict[str, Folder], count: int, threads: int) -> list[dic
     """The first test rows with predictions and nearest neighbours (a Ray task)."""
     import torch
 
-    from retrikt_ray.predictor import Predictor
-
     torch.set_num_threads(threads)
-    predictor = Predictor.open(inputs["student"].uri.rsplit("/", 1)[0], threads, edited=False)
-    rows = inputs["task"].read_table("test.parquet").slice(0, count).to_pylist()
-    if not rows:
+    table = inputs["task"].read_table("test.parquet").slice(0, count)
+    if not len(table):
         return []
-    found = predictor.predict(texts_of(rows))
+    found = Material(inputs, 0, threads).predictor.answer(texts_of(table))
+    assert found.dense is not None
+    neighbours = found.view.neighbours(found.dense, "similarity", EXAMPLE_NEIGHBOURS)
     shown = []
-    for i, row in enumerate(rows):
-        label, score = predictor.named(found.answers[i])
-        assert found.dense is not None
-        neighbours = predictor.neighbours(found.dense, i, 4, "similarity")
-        shown.append({k: row[k] for k in ("text", "text_pair", "label")} | {"predicted": label, "score": score, "neighbours": neighbours})
+    for row, label, score, near in zip(table.to_pylist(), found.labels, found.scores, neighbours, strict=True):
+        rows = [{key: value for key, value in vars(n).items() if key != "bm25"} for n in near]
+        shown.append({key: row[key] for key in ("text", "text_pair", "label")} | {"predicted": label, "score": score, "neighbours": rows})
     return shown
 
 
-def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `report/`: report.json, report.html, predictions.parquet.
-
-    1. The teacher on test (Ray Data).  2. The other systems (Ray tasks).  3. Scores and intervals.  4. Everything else the report shows.  5. Write.
-    """
+def write(report: dict[str, Any], asked: dict[str, Asked], task: Folder, out: Folder) -> None:
+    """report.json, report.html, and what each system answered to each test row."""
     import pyarrow as pa
-    import ray
-    import ray.data
 
     from retrikt_ray.report.page import render
-    from retrikt_ray.task.metrics import bootstrap_ci95, paired_ci95, reliability, score
 
-    workers = plan(config, "evaluate")
-    task = inputs["task"]
-    card = task.read_json("task.json")
-    test = task.read_table("test.parquet").to_pylist()
-    truth = np.array([r["value"] for r in test])
-    metric = card["metric"]
-
-    # 1. the teacher
-    rows = [{"row": i, "text": r["text"], "text_pair": r["text_pair"] or ""} for i, r in enumerate(test)]
-    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // CHUNK)).map_batches(
-        TeacherAnswers,
-        fn_constructor_args=(inputs["teacher"].uri, workers.threads),
-        batch_size=CHUNK,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers.count, len(rows) // CHUNK))),
-        num_cpus=workers.cpus,
-        num_gpus=workers.gpus or None,
-    )
-    answers: dict[str, np.ndarray] = {"teacher": np.zeros((len(rows), len(card["labels"]) or 1))}
-    with track("evaluate: teacher", len(rows), "rows") as progress:
-        for row in dataset.iter_rows():
-            answers["teacher"][int(row["row"])] = row["answer"]
-            progress.advance()
-
-    # 2. the other systems; latencies are taken while as many run side by side as there are workers
-    names = ["retrikt", "student_kd_store", *(BASELINES if config.baselines else ())]
-    parts = [f"store:{f}" for f in config.store_fractions if 0 < f < 1]
-    calls = [(n, inputs, seed, workers.threads, config.latency_texts) for n in [*parts, *names]]
-    found = dict(zip([*parts, *names], each(fit_and_ask, calls, workers, "evaluate: systems"), strict=True))
-    answers |= {n: f["answers"] for n, f in found.items()}
-    latency = ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(teacher_latency)
-    teacher_ms = ray.get(latency.remote(inputs["teacher"], texts_of(test), config.latency_texts, workers.threads))
-
-    # 3. scores
-    def scored(name: str) -> dict[str, Any]:
-        value = score(metric, truth, answers[name])
-        return {"mean": value, "ci95": bootstrap_ci95(metric, truth, answers[name]), "per_seed": [value]}
-
-    teacher = inputs["teacher"].read_json("teacher.json")
-    systems = {n: {"score": scored(n), "parameters": found[n]["parameters"], "latency_ms": found[n]["latency_ms"]} for n in names}
-    paired = {}
-    for name in ["teacher", *names[1:]]:
-        difference, half = paired_ci95(metric, truth, answers["retrikt"], answers[name])
-        paired[name] = {"difference": difference, "ci95": half}
-
-    # 4. the rest
-    store = inputs["store"].read_json("store.json")
-    curves = inputs["policy"].read_json("curves.json")
-    steps = [p["step"] for p in curves["curve"]]
-    watched = {k: [w[k] for w in curves["watch"]] for k in (curves["watch"][0] if curves["watch"] else {}) if k != "step"}
-    bins, ece = reliability(truth, answers["retrikt"]) if card["labels"] else ([], None)
-    whole = {"rows": store["kept"], "score": systems["retrikt"]["score"]["mean"]}
-    manifests = [read_manifest(inputs[n]) for n in ("task", "teacher", "policy", "store", "student", "index")]
-    report = {
-        "task": card["name"],
-        "problem": card["problem"],
-        "labels": card["labels"],
-        "metric": metric,
-        "seeds": [seed],
-        "ci95_of": "test rows",
-        "rows": {s: task.read_table(f"{s}.parquet", ["id"]).num_rows for s in ("train", "validation", "test", "unlabelled")},
-        "teacher": {
-            "name": teacher["annotator"],
-            "generator": teacher["base"],
-            "score": scored("teacher"),
-            "parameters": teacher["parameters"],
-            "latency_ms": teacher_ms,
-        },
-        "systems": systems,
-        "paired": paired,
-        "store": {k: store[k] for k in ("generated", "kept", "rejected", "by_source")},
-        "rl": {
-            "steps": steps,
-            "terms": {k: [p[k] for p in curves["curve"]] for k in (curves["curve"][0] if steps else {}) if k != "step"},
-            "watch_steps": [w["step"] for w in curves["watch"]],
-            "watch": watched,
-            "best_step": curves["best_step"],
-            "collapse": curves["collapse"],
-        }
-        if steps
-        else {},
-        "store_size": [
-            {"rows": found[p]["rows"], "score": score(metric, truth, answers[p])} for p in sorted(parts, key=lambda p: float(p[6:]))
-        ]
-        + [whole],
-        "mixture": inputs["index"].read_json("mixture.json"),
-        "reliability": bins,
-        "ece": ece,
-        "examples": ray.get(ray.remote(num_cpus=workers.cpus)(examples_of).remote(inputs, config.examples, workers.threads)),
-        "seconds": {m.stage: m.seconds for m in manifests if m is not None},
-    }
-
-    # 5. write
-    out["report"].write_json("report.json", report)
-    out["report"].write_bytes("report.html", render(report).encode())
-    columns = {"id": [r["id"] for r in test], "label": [r["label"] for r in test]}
-    columns |= {n: a.tolist() for n, a in answers.items() if not n.startswith("store:")}
-    out["report"].write_table("predictions.parquet", pa.table(columns))
-    return {
-        "retrikt": round(systems["retrikt"]["score"]["mean"], 4),
-        "teacher": round(report["teacher"]["score"]["mean"], 4),
-        "metric": metric,
-    }
+    out.write_json("report.json", report)
+    out.write_bytes("report.html", render(report).encode())
+    test = task.read_table("test.parquet", ["id", "label"])
+    columns = {name: test[name].to_pylist() for name in ("id", "label")}
+    columns |= {name: part.answers.tolist() for name, part in asked.items() if not name.startswith(PART)}
+    out.write_table("predictions.parquet", pa.table(columns))

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,24 @@ def plan(config: Scaled, stage: str, *, cpus: float = 1, grow: bool = True) -> W
                 f"the cluster has, or can grow to, {have[kind]:g}"
             )
     return Workers(count, each, gpus)
+
+
+def pool(actor: type, arguments: tuple[Any, ...], items: list[dict[str, Any]], workers: Workers) -> Iterator[dict[str, Any]]:
+    """A Ray Data pool of `actor(*arguments)`: each is handed one item at a time, and the rows that it returns come as they are ready.
+
+    The actor is called with a batch of one item (columns of length 1) and returns a batch of rows.
+    """
+    import ray.data
+
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        actor,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers.count, len(items)))),
+        num_cpus=workers.cpus,
+        num_gpus=workers.gpus or None,
+    )
+    yield from rows.iter_rows()
 
 
 def widest(workers: Workers | None) -> int:

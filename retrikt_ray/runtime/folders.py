@@ -23,8 +23,10 @@ from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 
+PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language model that come with the package
 MANIFEST = "manifest.json"  # written last: the folder is complete
 
 
@@ -74,6 +76,20 @@ class Folder:
 
     def __str__(self) -> str:
         return self.uri
+
+    def arrow(self) -> tuple[pyarrow.fs.FileSystem | None, str]:
+        """For libraries that write by themselves: pyarrow's filesystem (None: the local disk) and the path on it."""
+        fs, path = self._fs()
+        return None if self.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
+
+    def signature(self, name: str) -> list[Any] | None:
+        """Changes whenever the file is replaced; None where it is not there."""
+        fs, path = self._fs(name)
+        try:
+            info = fs.info(path)
+        except FileNotFoundError:
+            return None
+        return [info.get(key) for key in ("mtime", "ino", "size", "ETag", "LastModified")]
 
     def exists(self, name: str = "") -> bool:
         fs, path = self._fs(name)

@@ -1,4 +1,4 @@
-"""Ray Train, once for all training stages: start the workers, share gradients, checkpoint, resume.
+"""Ray Train, once for all training stages: start the workers, the loop, share gradients, checkpoint, resume.
 
 Every training loop of this package is a function of (seed, step): batches, dropout and sampling are keyed by both, and the learning rate
 is computed from the step. So a run that was killed and resumed ends with the weights of an undisturbed one.
@@ -32,13 +32,11 @@ def launch(
 
     Raises what the loop raised, after Ray's retries of lost workers.
     """
-    import pyarrow.fs
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    fs, path = scratch._fs()
-    filesystem = None if scratch.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs))
+    filesystem, path = scratch.arrow()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     with follow(label, "steps") as board:
         trainer = TorchTrainer(
@@ -98,16 +96,40 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+def run(
+    session: Solo,
+    batches: list[list[int]],
+    loss_of: Callable[[int, list[int]], tuple[Tensor, str]],
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Train over `batches` of row numbers, one update each, from where the session starts.
+
+    loss_of(step, rows) gives the mean loss of this worker's rows of a batch and a note for the progress, with torch, numpy and random seeded by
+    (seed, step, rank). after(steps): what is done between an update and its checkpoint; `steps` updates are done.
+    """
+    for step in range(session.start, len(batches)):
+        rows, note = session.share(batches[step]), ""
+        session.set_rate(step)
+        seed_everything(session.seed, step, session.rank)
+        if rows:  # a batch may have fewer rows than there are workers
+            loss, note = loss_of(step, rows)
+            loss.backward()
+        session.update(len(rows) / len(batches[step]))
+        if after is not None:
+            after(step + 1)
+        session.done(step + 1, note)
+
+
 class Solo:
     """A training that runs alone in this process, without checkpoints: small baselines. The face that `Session` has, too."""
 
     rank, world, start = 0, 1, 0
 
-    def __init__(self, optimizer: torch.optim.Optimizer, total: int) -> None:
-        self.optimizer, self.total = optimizer, total
+    def __init__(self, optimizer: torch.optim.Optimizer, total: int, seed: int) -> None:
+        self.optimizer, self.total, self.seed = optimizer, total, seed
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
 
-    def mine(self, rows: list[int]) -> list[int]:
+    def share(self, rows: list[int]) -> list[int]:
         """This worker's part of a global batch."""
         return rows[self.rank :: self.world]
 
@@ -137,7 +159,7 @@ class Session(Solo):
         """tensors: everything that a checkpoint holds beside the optimizer, by name; restored in place."""
         import ray.train
 
-        super().__init__(optimizer, total)
+        super().__init__(optimizer, total, config["seed"])
         torch.set_num_threads(config["threads"])
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()

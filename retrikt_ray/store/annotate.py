@@ -16,10 +16,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.runtime.cluster import plan
-from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.cluster import plan, pool
+from retrikt_ray.runtime.folders import MANIFEST, Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError, Scaled
+from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema, table_of
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import texts_of
 
 VERSION = 1
 CHUNK = 512  # rows per annotated part
@@ -44,24 +47,6 @@ class AnnotateConfig(Scaled):
     )
 
 
-def store_schema(width: int) -> pa.Schema:
-    """The store's columns; `width` is the size of the teacher's embedding."""
-    return pa.schema(
-        [
-            ("id", pa.string()),
-            ("text", pa.string()),
-            ("text_pair", pa.string()),
-            ("asked_label", pa.string()),  # the condition of a generated text, the true label of a task row, else null
-            ("condition", pa.int32()),
-            ("value", pa.float64()),  # true class id or number of a task row, else null
-            ("teacher_probs", pa.list_(pa.float32())),  # class probabilities, or one value in regression
-            ("teacher_embedding", pa.list_(pa.float32(), width)),
-            ("source", pa.string()),  # generated | task | unlabelled | added
-            ("created_by", pa.string()),  # content digest of the generated artifact
-        ]
-    )
-
-
 def key(text: str, text_pair: str | None) -> str:
     """Equal for texts that differ only in case, spacing and punctuation; a hash, so that a store's keys fit in memory."""
     plain = "\x1f".join(letters(part) or part for part in (text, text_pair or ""))
@@ -81,38 +66,28 @@ def has_text(row: dict[str, Any]) -> bool:
 class PartWriter:
     """A Ray Data actor: holds the annotator and turns source chunks into annotated parts."""
 
-    def __init__(self, section: dict[str, Any], teacher_uri: str, scratch_uri: str, threads: int) -> None:
+    def __init__(self, config: AnnotateConfig, teacher: Folder, scratch: Folder, threads: int) -> None:
         import torch
 
-        from retrikt_ray.teacher.annotator import Classifier
+        from retrikt_ray.teacher.annotator import Annotator
 
         torch.set_num_threads(threads)
-        self.config, self.scratch = AnnotateConfig(**section), Folder(scratch_uri)
-        self.model = Classifier.load(Folder(teacher_uri))
+        self.config, self.scratch = config, scratch
+        self.annotator = Annotator.load(teacher)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        counts = [
-            self.write(int(p), str(u), str(n), int(s))
-            for p, u, n, s in zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)
-        ]
-        return {"rows": counts}
+        chunks = zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)
+        return {"rows": [self.write(int(part), Folder(str(uri)), str(name), int(start)) for part, uri, name, start in chunks]}
 
-    def write(self, part: int, uri: str, name: str, start: int) -> int:
-        """Annotate rows start .. start + CHUNK of one source file."""
-        rows = Folder(uri).read_table(name).slice(start, CHUNK).to_pylist()
-        usable = [r for r in rows if has_text(r)]
-        out = []
+    def write(self, part: int, source: Folder, name: str, start: int) -> int:
+        """Annotate rows start .. start + CHUNK of one source file: those with a text first, then the empty ones."""
+        rows = source.read_table(name).slice(start, CHUNK).to_pylist()
+        usable, empty = [r for r in rows if has_text(r)], [r for r in rows if not has_text(r)]
         if usable:
-            probs, embeddings = self.model.annotate([(r["text"], r["text_pair"]) for r in usable], self.config.batch)
-            out = [r | {"probs": p, "embedding": e} for r, p, e in zip(usable, probs.tolist(), embeddings.tolist(), strict=True)]
-        empty = [r | {"probs": None, "embedding": None} for r in rows if not has_text(r)]
-        schema = pa.schema(
-            [(f, t) for f, t in (("id", pa.string()), ("text", pa.string()), ("text_pair", pa.string()), ("condition", pa.int32()))]
-            + [("value", pa.float64()), ("finished", pa.bool_()), ("probs", pa.list_(pa.float32())), ("embedding", pa.list_(pa.float32()))]
-        )
-        self.scratch.write_table(
-            f"part-{part:05d}.parquet", pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in out + empty], schema=schema)
-        )
+            probs, embeddings = self.annotator.annotate([(r["text"], r["text_pair"]) for r in usable], self.config.batch)
+            usable = [r | {"probs": p, "embedding": e} for r, p, e in zip(usable, probs.tolist(), embeddings.tolist(), strict=True)]
+        records = [{name: r.get(name) for name in ANNOTATED.names} for r in usable + empty]
+        self.scratch.write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist(records, schema=ANNOTATED))
         return len(rows)
 
 
@@ -157,76 +132,71 @@ def reject_reason(row: dict[str, Any], source: str, held_out: set[str], seen: se
 def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `store/` (kept rows) and `rejected/` (the others, with `reason`), part by part.
 
-    1. Annotate what an interrupted run left undone.  2. Decide row by row, in source order.  3. Write and count.
+    1. Annotate what an interrupted run left undone.  2. Decide row by row, in source order, and write.  3. Count.
     """
     # 1. annotate
-    scratch, task = out["scratch"], inputs["task"].read_json("task.json")
-    chunks = sources(inputs)
-    there = set(scratch.files())
-    missing = [c for c in chunks if f"part-{c['part']:05d}.parquet" not in there]
+    scratch, chunks = out["scratch"], sources(inputs)
+    complete = set(scratch.files())
+    missing = [c for c in chunks if f"part-{c['part']:05d}.parquet" not in complete]
     if missing:
-        import ray.data
-
         workers = plan(config, "annotate")
-        done = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-            PartWriter,
-            fn_constructor_args=(config.model_dump(), inputs["teacher"].uri, scratch.uri, workers.threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(missing))),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus or None,
-        )
         with track("annotate", sum(c["rows"] for c in missing), "rows") as progress:
-            for row in done.iter_rows():
+            for row in pool(PartWriter, (config, inputs["teacher"], scratch, workers.threads), missing, workers):
                 progress.advance(int(row["rows"]))
 
-    # 2. decide
-    held_out = {
-        key(t, p)
-        for split in ("validation", "test")
-        for t, p in zip(
-            *(inputs["task"].read_table(f"{split}.parquet", ["text", "text_pair"])[c].to_pylist() for c in ("text", "text_pair")),
-            strict=True,
-        )
-    }
-    seen: set[str] = set()
-    reasons: Counter[str] = Counter()
-    by_source: Counter[str] = Counter()
-    created_by = inputs["generated"].read_json("manifest.json")["fingerprint"][:16]
-    width = 0
-    for chunk in chunks:
-        kept, rejected = [], []
-        for row in scratch.read_table(f"part-{chunk['part']:05d}.parquet").to_pylist():
-            reason = reject_reason(row, chunk["source"], held_out, seen, config)
-            record = {
-                "id": row["id"],
-                "text": row["text"],
-                "text_pair": row["text_pair"],
-                "condition": row["condition"],
-                "value": row["value"],
-                "asked_label": None if row["condition"] is None else task["conditions"][row["condition"]],
-                "teacher_probs": row["probs"],
-                "teacher_embedding": row["embedding"],
-                "source": chunk["source"],
-                "created_by": created_by,
-            }
-            if reason:
-                reasons[reason] += 1
-                rejected.append(record | {"reason": reason})
-            else:
-                by_source[chunk["source"]] += 1
-                kept.append(record)
-        # 3. write
-        width = width or len(
-            next(r["teacher_embedding"] for r in kept + rejected if r["teacher_embedding"])
-        )  # task rows come first and have text
-        schema = store_schema(width)
-        name = f"part-{chunk['part']:05d}.parquet"
-        out["store"].write_table(name, pa.Table.from_pylist(kept, schema=schema))
-        out["rejected"].write_table(name, pa.Table.from_pylist(rejected, schema=schema.append(pa.field("reason", pa.string()))))
+    # 2. decide and write
+    by_source, reasons = decide(config, chunks, inputs, out)
+
+    # 3. count
     if not by_source:
         raise ConfigError(f"the store would be empty: all rows were rejected ({dict(reasons)}); loosen the keys of `annotate:`")
-    card = {"kept": sum(by_source.values()), "by_source": dict(by_source), "rejected": dict(reasons)}
+    kept = sum(by_source.values())
     generated = sum(c["rows"] for c in chunks if c["source"] == "generated")
-    out["store"].write_json("store.json", card | {"generated": generated})
-    return {"kept": card["kept"], "rejected": sum(reasons.values())} | ({"reasons": dict(reasons)} if reasons else {})
+    card = {"kept": kept, "by_source": dict(by_source), "rejected": dict(reasons), "generated": generated}
+    out["store"].write_json("store.json", card)
+    return {"kept": kept, "rejected": sum(reasons.values())} | ({"reasons": dict(reasons)} if reasons else {})
+
+
+def decide(
+    config: AnnotateConfig, chunks: list[dict[str, Any]], inputs: dict[str, Folder], out: dict[str, Folder]
+) -> tuple[Counter[str], Counter[str]]:
+    """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason."""
+    task = Task.read(inputs["task"])
+    held_out = {key(*t) for split in ("validation", "test") for t in texts_of(inputs["task"].read_table(f"{split}.parquet"))}
+    created_by = inputs["generated"].read_json(MANIFEST)["fingerprint"][:16]
+    seen: set[str] = set()
+    by_source, reasons = Counter[str](), Counter[str]()
+    width = 0
+    for chunk in chunks:
+        name, kept, rejected, why = f"part-{chunk['part']:05d}.parquet", [], [], []
+        for record in out["scratch"].read_table(name).to_pylist():
+            row = store_row(record, chunk["source"], created_by, task)
+            reason = reject_reason(record, chunk["source"], held_out, seen, config)
+            if reason:
+                rejected.append(row)
+                why.append({"reason": reason})
+            else:
+                kept.append(row)
+            width = width or len(row.teacher_embedding or ())  # task rows come first and have text
+        reasons.update(w["reason"] for w in why)
+        by_source.update(row.source for row in kept)
+        out["store"].write_table(name, table_of(kept, store_schema(width)))
+        out["rejected"].write_table(name, table_of(rejected, rejected_schema(width), why))
+    return by_source, reasons
+
+
+def store_row(record: dict[str, Any], source: str, created_by: str, task: Task) -> Row:
+    """What the store says of an annotated row."""
+    condition = record["condition"]
+    return Row(
+        id=record["id"],
+        text=record["text"],
+        text_pair=record["text_pair"],
+        asked_label=None if condition is None else task.conditions[condition],
+        condition=condition,
+        value=record["value"],
+        teacher_probs=record["probs"],
+        teacher_embedding=record["embedding"],
+        source=source,
+        created_by=created_by,
+    )

@@ -6,15 +6,20 @@ texts: a run that changes its engine generates anew.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from retrikt_ray.teacher import lm
 
-if TYPE_CHECKING:
-    from retrikt_ray.store.generate import GenerateConfig
+
+class Sampling(NamedTuple):
+    """How a token is drawn."""
+
+    temperature: float
+    top_k: int  # 0: among all tokens
+    top_p: float
 
 
 class Generated(NamedTuple):
@@ -33,15 +38,14 @@ class Engine(Protocol):
 class TransformersEngine:
     """The base in this process; prefixes' keys and values are computed once."""
 
-    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, config: GenerateConfig) -> None:
-        self.base, self.max_tokens, self.config = lm.Base.load(base, dtype), max_tokens, config
+    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, sampling: Sampling) -> None:
+        self.base, self.max_tokens, self.sampling = lm.Base.load(base, dtype), max_tokens, sampling
         with torch.no_grad():
             self.prefix = lm.run_prefix(self.base, soft.to(self.base.device), templates)
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
-        c, device = self.config, self.base.device
-        rows = torch.tensor(conditions, device=device)
-        ids, mask = lm.sample(self.base, self.prefix, rows, seeds, self.max_tokens, c.temperature, c.top_k, c.top_p)
+        rows = torch.tensor(conditions, device=self.base.device)
+        ids, mask = lm.sample(self.base, self.prefix, rows, seeds, self.max_tokens, *self.sampling)
         finished = ((ids == self.base.eos) & mask.bool()).any(1).tolist()
         texts = self.base.decode(ids, mask)
         return [Generated(t, int(n), f) for t, n, f in zip(texts, mask.sum(1).tolist(), finished, strict=True)]
@@ -50,10 +54,10 @@ class TransformersEngine:
 class VllmEngine:
     """vLLM with prompt embeddings: it has no prompt adapters any more, but takes the prefix as vectors and caches it."""
 
-    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, config: GenerateConfig) -> None:
+    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, sampling: Sampling) -> None:
         from vllm import LLM
 
-        self.max_tokens, self.config = max_tokens, config
+        self.max_tokens, self.sampling = max_tokens, sampling
         table = lm.Base.load(base, "float32")  # only its embeddings are needed; let go of before vLLM takes the GPU's memory
         self.eos = table.eos
         self.prefixes = lm.prefix_embeddings(table, soft.to(table.device), templates)
@@ -66,7 +70,7 @@ class VllmEngine:
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
         from vllm import SamplingParams
 
-        c = self.config
+        c = self.sampling
         prompts = [{"prompt_embeds": self.prefixes[i]} for i in conditions]
         params = [
             SamplingParams(temperature=c.temperature, top_k=c.top_k or -1, top_p=c.top_p, max_tokens=self.max_tokens, seed=s >> 1)

@@ -13,23 +13,15 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.runtime.cluster import plan
+from retrikt_ray.runtime.cluster import plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError, Scaled
+from retrikt_ray.store.rows import GENERATED
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import split_pair
 
 VERSION = 1
-
-ROWS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("text", pa.string()),
-        ("text_pair", pa.string()),
-        ("condition", pa.int32()),  # what the text was asked to be
-        ("finished", pa.bool_()),  # ended by <eos>, not by the length limit
-        ("tokens", pa.int32()),
-    ]
-)
 
 
 class GenerateConfig(Scaled):
@@ -62,20 +54,18 @@ def shard_name(shard: int) -> str:
 class ShardWriter:
     """A Ray Data actor: holds the LM and turns shard numbers into shard files. The rows it returns only count what was done."""
 
-    def __init__(
-        self, section: dict[str, Any], task: dict[str, Any], teacher_uri: str, policy_uri: str, out_uri: str, seed: int, threads: int
-    ) -> None:
+    def __init__(self, config: GenerateConfig, task: Task, teacher: Folder, policy: Folder, out: Folder, seed: int, threads: int) -> None:
         import torch
 
-        from retrikt_ray.store.engines import ENGINES, Engine
+        from retrikt_ray.store.engines import ENGINES, Engine, Sampling
         from retrikt_ray.teacher.prompts import load_prompts
 
         torch.set_num_threads(threads)
-        self.config, self.task, self.seed, self.out = GenerateConfig(**section), task, seed, Folder(out_uri)
-        card = Folder(teacher_uri).read_json("teacher.json")
-        templates = [task["template"].format(label=name) for name in task["conditions"]]
-        soft = load_prompts(Folder(policy_uri))
-        self.engine: Engine = ENGINES[self.config.backend](card["base"], card["dtype"], soft, templates, card["max_tokens"], self.config)
+        self.config, self.task, self.seed, self.out = config, task, seed, out
+        card = teacher.read_json("teacher.json")
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
+        start = ENGINES[config.backend]
+        self.engine: Engine = start(card["base"], card["dtype"], load_prompts(policy), task.prefixes, card["max_tokens"], sampling)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {"shard": [], "rows": [], "tokens": []}
@@ -88,15 +78,13 @@ class ShardWriter:
 
     def write(self, shard: int) -> pa.Table:
         """Generate and write one shard."""
-        from retrikt_ray.policy.reward_model import split_pair
-
         size = self.config.rows_per_shard
         first = shard * size
         count = min(size, self.config.rows - first)
-        conditions = [(first + i) % len(self.task["conditions"]) for i in range(count)]
+        conditions = [(first + i) % len(self.task.conditions) for i in range(count)]
         rows = []
         for i, made in enumerate(self.engine.generate(conditions, [row_seed(self.seed, shard, i) for i in range(count)])):
-            text, pair = split_pair(made.text, self.task["pair"])
+            text, pair = split_pair(made.text, self.task.pair)
             rows.append(
                 {
                     "id": f"generated-{shard:05d}-{i:04d}",
@@ -107,7 +95,7 @@ class ShardWriter:
                     "tokens": made.tokens,
                 }
             )
-        table = pa.Table.from_pylist(rows, schema=ROWS)
+        table = pa.Table.from_pylist(rows, schema=GENERATED)
         self.out.write_table(shard_name(shard), table)
         return table
 
@@ -124,31 +112,20 @@ def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 1. what is there
     folder = out["generated"]
     total = shard_count(config)
-    there = set(folder.files())
-    missing = [s for s in range(total) if shard_name(s) not in there]
+    complete = set(folder.files())
+    missing = [s for s in range(total) if shard_name(s) not in complete]
     began, tokens = time.monotonic(), 0
     if total == 0:
-        folder.write_table("part-00000.parquet", ROWS.empty_table())
+        folder.write_table("part-00000.parquet", GENERATED.empty_table())
         return {"rows": 0}
 
     # 2. the rest
     if missing:
-        import ray.data
-
         workers = plan(config, "generate")
-        task = inputs["task"].read_json("task.json")
-        arguments = (config.model_dump(), task, inputs["teacher"].uri, inputs["policy"].uri, folder.uri, seed, workers.threads)
-        done = ray.data.from_items([{"shard": s} for s in missing], override_num_blocks=len(missing)).map_batches(
-            ShardWriter,
-            fn_constructor_args=arguments,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers.count, len(missing))),
-            num_cpus=workers.cpus,
-            num_gpus=workers.gpus or None,
-        )
+        arguments = (config, Task.read(inputs["task"]), inputs["teacher"], inputs["policy"], folder, seed, workers.threads)
         with track("generate", config.rows, "rows") as progress:
             progress.set((total - len(missing)) * config.rows_per_shard)
-            for row in done.iter_rows():
+            for row in pool(ShardWriter, arguments, [{"shard": s} for s in missing], workers):
                 tokens += int(row["tokens"])
                 progress.advance(int(row["rows"]), f"{tokens / (time.monotonic() - began):,.0f} tokens/s")
 

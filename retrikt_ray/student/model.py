@@ -1,10 +1,6 @@
 """The student: a model of about 1 % of the teacher that gives logits and a query vector in one pass.
 
-  static       token embeddings with learned weights, averaged; a linear head. Micro-seconds on a CPU.
-  transformer  a small BERT over the same embeddings, or a pre-trained encoder by path or hub id; mean over tokens; a linear head.
-
-Both keep the teacher's tokenizer, cut to the tokens that the store uses: `token_map` sends a token of the full tokenizer to its row in the
-student's table, tokens outside it to row 0 (unknown). Saved in Hugging Face layout: after `import retrikt_ray.student.model`,
+What it is made of is the business of its kind (`kinds.py`). Saved in Hugging Face layout: after `import retrikt_ray.student.model`,
 `AutoModel.from_pretrained("RUN/student")` loads it.
 """
 
@@ -14,40 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, normalize
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from retrikt_ray.teacher.annotator import Text, mean_pool
-
-
-class StudentConfig(PretrainedConfig):
-    """kind: static | transformer; vocabulary: rows of the embedding table; full_vocabulary: ids of the tokenizer."""
-
-    model_type = "retrikt-student"
-
-    def __init__(
-        self,
-        kind: str = "static",
-        vocabulary: int = 2,
-        full_vocabulary: int = 2,
-        dim: int = 8,
-        outputs: int = 2,
-        pair: bool = False,
-        max_tokens: int = 64,
-        layers: int = 2,
-        backbone: dict[str, Any] | None = None,
-        **rest: Any,
-    ) -> None:
-        self.kind, self.vocabulary, self.full_vocabulary, self.dim = kind, vocabulary, full_vocabulary, dim
-        self.outputs, self.pair, self.max_tokens, self.layers, self.backbone = outputs, pair, max_tokens, layers, backbone
-        super().__init__(**rest)
+from retrikt_ray.student.kinds import KINDS, StudentConfig
+from retrikt_ray.task.texts import Text
 
 
 class StudentModel(PreTrainedModel):
-    """Calling it with token ids and mask gives logits (B, outputs) and the query vector (B, width)."""
+    """Calling it with what its kind reads gives logits (B, outputs) and the query vector (B, width)."""
 
     config_class = StudentConfig
     base_model_prefix = "student"
+    backbone: Any  # of the kinds that have one
     token_map: Tensor
     shift: Tensor
     scale: Tensor
@@ -57,28 +32,10 @@ class StudentModel(PreTrainedModel):
         self.register_buffer("token_map", torch.zeros(config.full_vocabulary, dtype=torch.int32))
         self.register_buffer("shift", torch.zeros(()))  # regression targets are standardised
         self.register_buffer("scale", torch.ones(()))
-        width = config.dim
-        if config.kind == "static":
-            self.embedding = nn.Embedding(config.vocabulary, config.dim)
-            self.importance = nn.Embedding(config.vocabulary, 1)
-            width = config.dim * (4 if config.pair else 1)
-        elif config.backbone is not None:
-            self.backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone))
-            width = self.backbone.config.hidden_size
-        else:
-            heads = max(1, config.dim // 32)
-            self.backbone = BertModel(
-                BertConfig(
-                    vocab_size=config.vocabulary,
-                    hidden_size=config.dim,
-                    num_hidden_layers=config.layers,
-                    num_attention_heads=heads,
-                    intermediate_size=config.dim * 4,
-                    max_position_embeddings=2 * config.max_tokens + 8,
-                    hidden_dropout_prob=0.1,
-                ),
-                add_pooling_layer=False,
-            )
+        self.kind = KINDS[config.kind](config)
+        modules, width = self.kind.parts()
+        for name, module in modules.items():
+            self.add_module(name, module)
         self.head = nn.Linear(width, config.outputs)
         self.post_init()
 
@@ -90,27 +47,9 @@ class StudentModel(PreTrainedModel):
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def average(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Importance-weighted mean of token embeddings; importance is exp of a learned number. (B, T) -> (B, dim)
-
-        Summed token by token, so that a text's vector is the same to the last bit whatever it is padded to: an index that is built anew, with
-        other texts side by side, must be the same index.
-        """
-        weights = torch.exp(self.importance(ids)[..., 0]) * mask
-        total = torch.cumsum(weights, 1)[:, -1:].clamp(min=1e-6)
-        return embedding_bag(ids, self.embedding.weight, per_sample_weights=weights, mode="sum") / total
-
-    def forward(self, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """ids, mask: (B, T), ids of the full tokenizer; the second text of a pair apart for `static`, inside `ids` for `transformer`."""
-        if self.config.backbone is None:
-            ids = self.token_map[ids].long()
-        if self.config.kind != "static":
-            vector = mean_pool(self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
-        elif pair_ids is None or pair_mask is None:
-            vector = self.average(ids, mask)
-        else:
-            a, b = self.average(ids, mask), self.average(self.token_map[pair_ids].long(), pair_mask)
-            vector = torch.cat([a, b, (a - b).abs(), a * b], -1)
+    def forward(self, *inputs: Tensor, **named: Tensor) -> tuple[Tensor, Tensor]:
+        """inputs: ids and mask, (B, T) with ids of the full tokenizer; for a static student of pairs pair_ids and pair_mask as well."""
+        vector = self.kind.vector(self, *inputs, **named)
         return self.head(vector), vector
 
 
@@ -136,31 +75,9 @@ class Student:
         self.tokenizer.save_pretrained(folder)
 
     def tensors(self, texts: list[Text]) -> dict[str, Tensor]:
-        """What `StudentModel.forward` takes, on the model's device."""
-        config, device = self.model.config, self.model.head.weight.device
-        firsts, seconds = [t for t, _ in texts], [p or "" for _, p in texts]
-
-        def ids(a: list[str], b: list[str] | None = None) -> tuple[Tensor, Tensor]:
-            special = config.kind == "transformer"
-            out = self.tokenizer(
-                a,
-                b,
-                padding=True,
-                truncation=True,
-                max_length=config.max_tokens * (2 if b else 1),
-                add_special_tokens=special,
-                return_tensors="pt",
-            )
-            mask = out["attention_mask"]
-            return out["input_ids"].long().to(device), mask.to(device)
-
-        if not config.pair:
-            return dict(zip(("ids", "mask"), ids(firsts), strict=True))
-        if config.kind == "transformer":
-            if self.tokenizer.sep_token is None:
-                return dict(zip(("ids", "mask"), ids([f"{a}\n{b}" for a, b in zip(firsts, seconds, strict=True)]), strict=True))
-            return dict(zip(("ids", "mask"), ids(firsts, seconds), strict=True))
-        return dict(zip(("ids", "mask", "pair_ids", "pair_mask"), (*ids(firsts), *ids(seconds)), strict=True))
+        """What the model takes, on its device."""
+        device = self.model.head.weight.device
+        return {name: value.to(device) for name, value in self.model.kind.read(self.tokenizer, texts).items()}
 
     @torch.inference_mode()
     def encode(self, texts: list[Text], batch: int = 256) -> tuple[Tensor, Tensor]:
@@ -169,8 +86,7 @@ class Student:
         answers, vectors = [], []
         for start in range(0, len(texts), batch):
             logits, vector = self.model(**self.tensors(texts[start : start + batch]))
-            answers.append(
-                (torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.model.scale + self.model.shift).float().cpu()
-            )
+            answer = torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.model.scale + self.model.shift
+            answers.append(answer.float().cpu())
             vectors.append(normalize(vector.float(), dim=-1).cpu())
         return torch.cat(answers), torch.cat(vectors)

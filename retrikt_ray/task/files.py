@@ -10,20 +10,16 @@ import io
 import json
 import math
 import posixpath
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.task.texts import DataError, read_string
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB = "hf://datasets/"
-
-
-class DataError(ValueError):
-    """Task data that cannot be used. The text names the file, the row, what was found and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -125,19 +121,6 @@ def read_hub(uri: str, subset: str | None, revision: str | None, label: str) -> 
     return splits
 
 
-def tidy(text: str) -> str:
-    """One line, single spaces: a newline separates the two texts of a pair in a generated sequence."""
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def read_text(written: str, task: dict[str, Any]) -> tuple[str, str | None]:
-    """A text as a person writes it on a command line; TEXT ||| SECOND TEXT in pair tasks. Raises DataError."""
-    first, mark, second = written.partition("|||")
-    if bool(mark) != task["pair"] or not first.strip() or (mark and not second.strip()):
-        raise DataError(f"the task {task['name']} takes {'TEXT ||| SECOND TEXT' if task['pair'] else 'one text'}; found {written!r}")
-    return tidy(first), tidy(second) if mark else None
-
-
 def check_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> list[dict[str, Any]]:
     """Rows as {text, text_pair, label}, tidied. Raises DataError on a missing column or an empty text."""
     checked = []
@@ -145,12 +128,9 @@ def check_rows(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> 
         for name in (columns.text, columns.text_pair, columns.label):
             if name is not None and row.get(name) is None:
                 raise DataError(f"{where}, row {number}: no column {name!r}; the row has {', '.join(map(str, row))}")
-        out = {"text": tidy(str(row[columns.text])), "text_pair": None, "label": None}
+        out = {"text": read_string(str(row[columns.text]), f"{where}, row {number}: {columns.text}"), "text_pair": None, "label": None}
         if columns.text_pair:
-            out["text_pair"] = tidy(str(row[columns.text_pair]))
-        for name in ("text", "text_pair"):
-            if out[name] == "":
-                raise DataError(f"{where}, row {number}: the {name} is empty")
+            out["text_pair"] = read_string(str(row[columns.text_pair]), f"{where}, row {number}: {columns.text_pair}")
         if columns.label:
             out["label"] = str(row[columns.label]).strip()
             if not out["label"]:

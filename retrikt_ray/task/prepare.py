@@ -8,22 +8,22 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.folders import PACKAGED, Folder
 from retrikt_ray.runtime.settings import ConfigError, Section
-from retrikt_ray.task import files as taskdata
-from retrikt_ray.task.files import HUB, Columns, DataError
+from retrikt_ray.task import files
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.files import HUB, Columns
+from retrikt_ray.task.texts import DataError
 
 VERSION = 1  # raise when the same config would give other files
 REGRESSION_BINS = 5  # generation is conditioned on a class; for regression, on one of this many quantile bins
 
-ROWS = pa.schema(
+TASK_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("text", pa.string()),
@@ -78,7 +78,7 @@ class PrepareConfig(Section):
 
 def data_uri(config: PrepareConfig) -> str:
     """The folder of the packaged task for `quickstart`, else what the config says."""
-    return str(Path(str(files("retrikt_ray"))) / "quickstart" / "task") if config.data == "quickstart" else config.data
+    return str(PACKAGED / "task") if config.data == "quickstart" else config.data
 
 
 def source_digest(config: PrepareConfig) -> dict[str, str]:
@@ -86,7 +86,7 @@ def source_digest(config: PrepareConfig) -> dict[str, str]:
     if config.data.startswith(HUB):
         uris: dict[str, str] = {}
     else:
-        uris = taskdata.find_splits(data_uri(config))
+        uris = files.find_splits(data_uri(config))
     if config.unlabelled not in (None, "train"):
         uris["unlabelled"] = str(config.unlabelled)
     digests = {}
@@ -133,7 +133,7 @@ def bin_of(value: float, edges: list[float]) -> int:
 
 
 def prepare(config: PrepareConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `task/`: train, validation, test, unlabelled tables and task.json.
+    """Write `task/`: train, validation, test, unlabelled tables and task.json (`Task`).
 
     1. Read and check the splits.  2. Cut a validation (20 % of train) or test split where the data has none.
     3. Draw the low-resource sample.  4. Name the conditions of generation.  5. Write.
@@ -141,13 +141,13 @@ def prepare(config: PrepareConfig, inputs: dict[str, Folder], out: dict[str, Fol
     # 1. read and check
     uri = data_uri(config)
     if config.data.startswith(HUB):
-        raw = taskdata.read_hub(config.data, config.subset, config.revision, config.label_column)
+        raw = files.read_hub(config.data, config.subset, config.revision, config.label_column)
     else:
-        raw = {split: taskdata.read_rows(path) for split, path in taskdata.find_splits(uri).items()}
+        raw = {split: files.read_rows(path) for split, path in files.find_splits(uri).items()}
     pair = config.text_pair_column or ("text_pair" if raw["train"] and "text_pair" in raw["train"][0] else None)
     columns = Columns(config.text_column, pair, config.label_column)
-    splits = {split: taskdata.check_rows(rows, columns, f"{config.data} ({split})") for split, rows in raw.items()}
-    labels = taskdata.check_labels(splits, config.problem, config.data)
+    splits = {split: files.check_rows(rows, columns, f"{config.data} ({split})") for split, rows in raw.items()}
+    labels = files.check_labels(splits, config.problem, config.data)
     unknown = sorted(set(config.label_names) - set(labels))
     if unknown:
         raise ConfigError(f"prepare.label_names: {unknown[0]!r} is not a label; the labels are {', '.join(labels[:8])}")
@@ -161,7 +161,7 @@ def prepare(config: PrepareConfig, inputs: dict[str, Folder], out: dict[str, Fol
             cut = set(order[: max(1, len(order) // 5)])
             splits[split] = [r for i, r in enumerate(rest) if i in cut]
             splits["train"] = [r for i, r in enumerate(rest) if i not in cut]
-            taskdata.check_labels(splits, config.problem, f"{config.data} (no {split} file: cut from train)")
+            files.check_labels(splits, config.problem, f"{config.data} (no {split} file: cut from train)")
 
     # 3. the low-resource sample
     rng = random.Random(f"{seed}:sample")
@@ -172,8 +172,8 @@ def prepare(config: PrepareConfig, inputs: dict[str, Folder], out: dict[str, Fol
     if config.unlabelled == "train":
         unlabelled = [r | {"label": None} for r in rest]
     elif config.unlabelled:
-        found = taskdata.read_rows(config.unlabelled)
-        unlabelled = taskdata.check_rows(found, Columns(config.text_column, pair, None), config.unlabelled)
+        found = files.read_rows(config.unlabelled)
+        unlabelled = files.check_rows(found, Columns(config.text_column, pair, None), config.unlabelled)
     if config.unlabelled_rows and len(unlabelled) > config.unlabelled_rows:
         unlabelled = rng.sample(unlabelled, config.unlabelled_rows)
 
@@ -195,21 +195,20 @@ def prepare(config: PrepareConfig, inputs: dict[str, Folder], out: dict[str, Fol
             value = None if row["label"] is None else float(row["label"]) if config.problem == "regression" else float(index[row["label"]])
             condition = None if value is None else bin_of(value, edges) if config.problem == "regression" else int(value)
             records.append(row | {"id": f"{prefix}-{i:06d}", "value": value, "condition": condition})
-        return pa.Table.from_pylist(records, schema=ROWS)
+        return pa.Table.from_pylist(records, schema=TASK_SCHEMA)
 
     task = out["task"]
     for name, rows in (("train", train), ("validation", validation), ("test", splits["test"]), ("unlabelled", unlabelled)):
         task.write_table(f"{name}.parquet", table(rows, name))
     metric = config.metric if config.metric != "auto" else ("pearson" if config.problem == "regression" else "accuracy")
-    card = {
-        "name": config.name or config.data.rstrip("/").rpartition("/")[2].split(".")[0],
-        "problem": config.problem,
-        "labels": labels,
-        "conditions": names,
-        "template": config.template,
-        "pair": pair is not None,
-        "metric": metric,
-    }
-    task.write_json("task.json", card)
+    Task(
+        name=config.name or config.data.rstrip("/").rpartition("/")[2].split(".")[0],
+        problem=config.problem,
+        labels=tuple(labels),
+        conditions=tuple(names),
+        template=config.template,
+        pair=pair is not None,
+        metric=metric,
+    ).write(task)
     counts = {"train": len(train), "validation": len(validation), "test": len(splits["test"]), "unlabelled": len(unlabelled)}
     return counts | {"classes": len(labels)}

@@ -23,12 +23,11 @@ from torch.nn.functional import dropout, layer_norm
 from transformers import AutoModel, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.teacher.lm import model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
 TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
-
-Text = tuple[str, str | None]  # a text and, in pair tasks, its second text
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def is_lm(backbone: Any) -> bool:
     return any(name.endswith(("CausalLM", "LMHeadModel")) for name in backbone.config.architectures or [])
 
 
-class Classifier(nn.Module):
+class Annotator(nn.Module):
     """backbone -> pooling over the text's tokens -> linear head.
 
     `outputs` is the number of classes, or 1 for regression, whose targets are standardised by `shift` and `scale`.
@@ -74,21 +73,21 @@ class Classifier(nn.Module):
             backbone.requires_grad_(False)
 
     @staticmethod
-    def start(kind: str, base: str, dtype: str, outputs: int, soft_tokens: int, max_tokens: int) -> Classifier:
-        """A classifier before training. kind: `prompt`, `base`, or a model folder or hub id."""
+    def start(kind: str, base: str, dtype: str, outputs: int, soft_tokens: int, max_tokens: int) -> Annotator:
+        """An annotator before training. kind: `prompt`, `base`, or a model folder or hub id."""
         device = pick_device()
         path = model_path(base if kind in ("prompt", "base") else kind)
         trained = kind != "prompt"  # weights that an optimizer updates stay float32
         backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if trained else pick_dtype(dtype, device))
         tokenizer = AutoTokenizer.from_pretrained(path)
-        return Classifier(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens, is_lm(backbone)).to(device)
+        return Annotator(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens, is_lm(backbone)).to(device)
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
     @property
-    def parameters_in_all(self) -> int:
+    def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def encode(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
@@ -100,7 +99,7 @@ class Classifier(nn.Module):
         firsts, seconds = [t for t, _ in texts], [p for _, p in texts]
         paired = seconds[0] is not None
         if paired and tokenizer.sep_token is None:
-            firsts, paired = [f"{a}\n{b}" for a, b in texts], False
+            firsts, paired = [joined(t) for t in texts], False
         batch = tokenizer(
             firsts, seconds if paired else None, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
@@ -180,7 +179,7 @@ class Classifier(nn.Module):
         (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
 
     @staticmethod
-    def load(teacher: Folder) -> Classifier:
+    def load(teacher: Folder) -> Annotator:
         """The trained annotator of a `teacher/` artifact."""
         card = (teacher / "classifier").read_json("classifier.json")
         folder = teacher.local() / "classifier"
@@ -188,7 +187,7 @@ class Classifier(nn.Module):
         device = pick_device()
         backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
         tokenizer = AutoTokenizer.from_pretrained(path)
-        made = Classifier(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
+        made = Annotator(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         made.temperature = card.get("temperature", 1.0)
         return made.eval().requires_grad_(False)

@@ -11,8 +11,6 @@ own seed: a row's text does not depend on the batch it is generated in.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from retrikt_ray.runtime.folders import PACKAGED
+
 
 def model_path(name: str) -> str:
     """`embedded` is the small LM inside the package; anything else is a local folder or a hub id."""
-    return str(Path(str(files("retrikt_ray"))) / "quickstart" / "model") if name == "embedded" else name
+    return str(PACKAGED / "model") if name == "embedded" else name
 
 
 def pick_device() -> torch.device:
@@ -102,7 +102,8 @@ class Prefix:
         """A cache for a batch of rows, each with the prefix of its condition. rows: (B,) indices into C."""
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.layers):
-            cache.update(keys[rows], values[rows], layer)
+            # Not keys[rows]: with several threads, its gradients are summed in whatever order the threads come.
+            cache.update(keys.index_select(0, rows), values.index_select(0, rows), layer)
         return cache, self.mask[rows]
 
 
@@ -141,7 +142,7 @@ def run_prefix_of(base: Base, soft: Tensor, templates: list[str], *conditions: T
     With 77 classes and 16 texts a step, the prefixes of all classes would cost more than the texts.
     """
     used = torch.unique(torch.cat(conditions))
-    prefix = run_prefix(base, soft[used], [templates[i] for i in used.tolist()])
+    prefix = run_prefix(base, soft.index_select(0, used), [templates[i] for i in used.tolist()])
     return prefix, [torch.searchsorted(used, c) for c in conditions]
 
 
@@ -160,8 +161,8 @@ def score(base: Base, prefix: Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -
         use_cache=True,
         output_hidden_states=True,
     )
-    logits = torch.cat([prefix.last_logits[rows][:, None], out.logits[:, :-1].float()], 1)
-    hidden = torch.cat([prefix.last_hidden[rows][:, None], out.hidden_states[-1][:, :-1].float()], 1)
+    logits = torch.cat([prefix.last_logits.index_select(0, rows)[:, None], out.logits[:, :-1].float()], 1)
+    hidden = torch.cat([prefix.last_hidden.index_select(0, rows)[:, None], out.hidden_states[-1][:, :-1].float()], 1)
     return logits, hidden
 
 

@@ -17,6 +17,8 @@ from pydantic import Field
 from retrikt_ray.runtime.cluster import plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import joined, texts_of
 
 VERSION = 2
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
@@ -54,109 +56,93 @@ class TeachConfig(Scaled):
     annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
 
 
-def joined(row: dict[str, Any]) -> str:
-    """The text that a generated sequence spells: a pair is two lines."""
-    return row["text"] if row["text_pair"] is None else f"{row['text']}\n{row['text_pair']}"
-
-
 def prompt_loop(config: dict[str, Any]) -> None:
     """Train the generation prompt (in a Ray Train worker) and write `prompts/`."""
     import torch
+    from torch import Tensor
     from torch.nn.functional import softplus
 
     from retrikt_ray.runtime import training
     from retrikt_ray.teacher import lm, prompts
 
     c, task = TeachConfig(**config["section"]), config["task"]
-    rows = Folder(config["task_uri"]).read_table("train.parquet").to_pylist()
+    table = config["task_folder"].read_table("train.parquet")
+    texts, conditions = [joined(t) for t in texts_of(table)], table["condition"].to_pylist()
     base = lm.Base.load(c.base, c.dtype)
-    templates = [task["template"].format(label=name) for name in task["conditions"]]
-    groups = [[joined(r) for r in rows if r["condition"] == i] for i in range(len(templates))]
+    prefixes = task.prefixes
+    groups = [[t for t, own in zip(texts, conditions, strict=True) if own == i] for i in range(len(prefixes))]
     prompt = prompts.from_texts(base, groups, c.shared_tokens, c.class_tokens, config["seed"]).to(base.device)
     optimizer = torch.optim.AdamW(prompt.parameters(), lr=c.prompt_learning_rate, weight_decay=0.0)
-    batches = list(training.epoch_batches(len(rows), c.prompt_batch, c.prompt_epochs, config["seed"]))
+    batches = list(training.epoch_batches(len(texts), c.prompt_batch, c.prompt_epochs, config["seed"]))
     session = training.Session(config, optimizer, dict(prompt.state_dict(keep_vars=True)), len(batches))
 
-    def text_log_prob(prefix: Any, conditions: Any, ids: Any, mask: Any) -> Any:
-        logits, _ = lm.score(base, prefix, conditions, ids, mask)
+    def text_log_prob(prefix: lm.Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        logits, _ = lm.score(base, prefix, rows, ids, mask)
         return (lm.log_probs_of(logits, ids) * mask).sum(1)
 
-    for step in range(session.start, len(batches)):
-        rng = random.Random(f"{config['seed']}:contrast:{step}")
-        others = [rng.choice([i for i in range(len(templates)) if i != rows[r]["condition"]]) for r in batches[step]]
-        mine = session.mine(list(range(len(batches[step]))))
-        session.set_rate(step)
-        note = ""
-        if mine:
-            batch = [rows[batches[step][i]] for i in mine]
-            ids, mask = base.encode([joined(r) for r in batch], c.max_tokens)
-            right = torch.tensor([r["condition"] for r in batch], device=base.device)
-            wrong = torch.tensor([others[i] for i in mine], device=base.device)
-            prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), templates, right, wrong)
-            log_p = text_log_prob(prefix, right, ids, mask)
-            loss = -(log_p / mask.sum(1)).mean()
-            note = f"loss {loss.item():.3f}"
-            if c.contrast:
-                margin = log_p - text_log_prob(prefix, wrong, ids, mask)
-                loss = loss + c.contrast * softplus(-margin).mean()
-                note += f", right prompt likelier {(margin > 0).float().mean().item():.0%}"
-            loss.backward()
-        session.update(len(mine) / len(batches[step]))
-        session.done(step + 1, note)
+    def loss_of(step: int, rows: list[int]) -> tuple[Tensor, str]:
+        rng = random.Random(f"{config['seed']}:contrast:{step}")  # over the whole batch: a row's rival does not depend on the workers
+        rivals = {row: rng.choice([i for i in range(len(prefixes)) if i != conditions[row]]) for row in batches[step]}
+        ids, mask = base.encode([texts[row] for row in rows], c.max_tokens)
+        right = torch.tensor([conditions[row] for row in rows], device=base.device)
+        wrong = torch.tensor([rivals[row] for row in rows], device=base.device)
+        prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), prefixes, right, wrong)
+        log_p = text_log_prob(prefix, right, ids, mask)
+        loss = -(log_p / mask.sum(1)).mean()
+        note = f"loss {loss.item():.3f}"
+        if c.contrast:
+            margin = log_p - text_log_prob(prefix, wrong, ids, mask)
+            loss = loss + c.contrast * softplus(-margin).mean()
+            note += f", right prompt likelier {(margin > 0).float().mean().item():.0%}"
+        return loss, note
+
+    training.run(session, batches, loss_of)
     if session.rank == 0:
-        prompts.save_prompts(Folder(config["out_uri"]), prompt(), c.base)
+        prompts.save_prompts(config["out"], prompt(), c.base)
 
 
 def annotator_loop(config: dict[str, Any]) -> None:
     """Fine-tune the annotator (in a Ray Train worker) and write `classifier/`."""
     import torch
+    from torch import Tensor
     from torch.nn.functional import cross_entropy, mse_loss
 
     from retrikt_ray.runtime import training
-    from retrikt_ray.teacher.annotator import Classifier
+    from retrikt_ray.teacher.annotator import Annotator
 
-    c, task = TeachConfig(**config["section"]), config["task"]
-    rows = Folder(config["task_uri"]).read_table("train.parquet").to_pylist()
-    outputs = len(task["labels"]) or 1
+    c, outputs = TeachConfig(**config["section"]), config["task"].outputs
+    table = config["task_folder"].read_table("train.parquet")
+    texts = texts_of(table)
     training.seed_everything(config["seed"], "annotator")
-    model = Classifier.start(c.annotator, c.base, c.dtype, outputs, c.annotator_soft_tokens, c.max_tokens)
-    values = torch.tensor([r["value"] for r in rows], device=model.device)
+    model = Annotator.start(c.annotator, c.base, c.dtype, outputs, c.annotator_soft_tokens, c.max_tokens)
+    values = torch.tensor(table["value"].to_pylist(), device=model.device)
     if outputs == 1:
         model.shift.copy_(values.mean())
         model.scale.copy_(values.std().clamp(min=1e-6))
-    rate = c.annotator_learning_rate or (1e-2 if c.annotator == "prompt" else 1e-4 if model.parameters_in_all < 100e6 else 2e-5)
-    table = model.backbone.get_input_embeddings().weight
-    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not table and not n.startswith("head.")]
+    rate = c.annotator_learning_rate or (1e-2 if c.annotator == "prompt" else 1e-4 if model.parameter_count < 100e6 else 2e-5)
+    embeddings = model.backbone.get_input_embeddings().weight
+    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not embeddings and not n.startswith("head.")]
     groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
-    if table.requires_grad:
+    if embeddings.requires_grad:
         # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
-        groups.append({"params": [table], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
+        groups.append({"params": [embeddings], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    batches = list(training.epoch_batches(len(rows), c.annotator_batch, c.annotator_epochs, config["seed"]))
+    batches = list(training.epoch_batches(len(texts), c.annotator_batch, c.annotator_epochs, config["seed"]))
     session = training.Session(config, optimizer, model.trained(), len(batches))
-    for step in range(session.start, len(batches)):
-        mine = session.mine(batches[step])
-        session.set_rate(step)
-        training.seed_everything(config["seed"], step, session.rank)  # dropout
-        note = ""
-        if mine:
-            model.train()
-            ids, mask = model.encode([(rows[i]["text"], rows[i]["text_pair"]) for i in mine])
-            hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
-            hidden[:, 0] = False  # something must be left to attend to
-            logits, _ = model(ids, mask * ~hidden if model.concat else mask)
-            target = values[mine]
-            loss = (
-                cross_entropy(logits, target.long())
-                if outputs > 1
-                else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
-            )
-            loss.backward()
-            note = f"loss {loss.item():.3f}"
-        session.update(len(mine) / len(batches[step]))
-        session.done(step + 1, note)
+
+    def loss_of(_: int, rows: list[int]) -> tuple[Tensor, str]:
+        model.train()
+        ids, mask = model.encode([texts[row] for row in rows])
+        hidden = torch.rand(mask.shape, device=mask.device) < WORD_DROPOUT
+        hidden[:, 0] = False  # something must be left to attend to
+        logits, _ = model(ids, mask * ~hidden if model.concat else mask)
+        target = values[rows]
+        loss = cross_entropy(logits, target.long()) if outputs > 1 else mse_loss(logits[:, 0], (target - model.shift).float() / model.scale)
+        return loss, f"loss {loss.item():.3f}"
+
+    training.run(session, batches, loss_of)
     if session.rank == 0:
-        model.save(Folder(config["out_uri"]), c.annotator, c.base, c.dtype)
+        model.save(config["out"], c.annotator, c.base, c.dtype)
 
 
 def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
@@ -169,19 +155,19 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     from retrikt_ray.runtime.training import launch
 
     workers = plan(config, "teach", cpus=2, grow=False)
-    teacher, task = out["teacher"], inputs["task"].read_json("task.json")
+    teacher, task = out["teacher"], Task.read(inputs["task"])
     common = {
         "section": config.model_dump(),
         "task": task,
-        "task_uri": inputs["task"].uri,
-        "out_uri": teacher.uri,
+        "task_folder": inputs["task"],
+        "out": teacher,
         "seed": seed,
     }
     scratch = out["scratch"]
 
     # 1. the generation prompt
     if not teacher.exists("prompts/000/adapter_config.json") or not teacher.exists(
-        f"prompts/{len(task['conditions']) - 1:03d}/adapter_config.json"
+        f"prompts/{len(task.conditions) - 1:03d}/adapter_config.json"
     ):
         launch(prompt_loop, common, workers, scratch, "prompt", "teach: prompt")
     # 2. the annotator
@@ -189,7 +175,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
         launch(annotator_loop, common, workers, scratch, "annotator", "teach: annotator")
 
     # 3. calibrate and judge it
-    judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(judge).remote(teacher, inputs["task"], workers.threads))
+    judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(assess).remote(teacher, inputs["task"], workers.threads))
     teacher.write_json(
         "teacher.json",
         {"base": config.base, "dtype": config.dtype, "annotator": config.annotator, "max_tokens": config.max_tokens} | judged,
@@ -197,25 +183,24 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     return {"annotator": config.annotator, "parameters": judged["parameters"], "validation": judged["validation"]}
 
 
-def judge(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
+def assess(teacher: Folder, task: Folder, threads: int) -> dict[str, Any]:
     """Calibrate the annotator on validation, and tell its score there and its size (a Ray task)."""
     import torch
 
     from retrikt_ray.task.metrics import score
-    from retrikt_ray.teacher.annotator import Classifier
+    from retrikt_ray.teacher.annotator import Annotator
 
     torch.set_num_threads(threads)
-    rows = task.read_table("validation.parquet").to_pylist()
-    model = Classifier.load(teacher)
-    texts = [(r["text"], r["text_pair"]) for r in rows]
+    table = task.read_table("validation.parquet")
+    texts, truth = texts_of(table), table["value"].to_pylist()
+    model = Annotator.load(teacher)
     if model.head.out_features > 1:
-        truth = torch.tensor([int(r["value"]) for r in rows])
         card = (teacher / "classifier").read_json("classifier.json")
-        (teacher / "classifier").write_json("classifier.json", card | {"temperature": model.calibrate(texts, truth)})
-    metric = task.read_json("task.json")["metric"]
+        temperature = model.calibrate(texts, torch.tensor([int(v) for v in truth]))
+        (teacher / "classifier").write_json("classifier.json", card | {"temperature": temperature})
     probs, _ = model.annotate(texts)
     return {
-        "parameters": model.parameters_in_all,
+        "parameters": model.parameter_count,
         "temperature": model.temperature,
-        "validation": round(score(metric, [r["value"] for r in rows], probs.numpy()), 4),
+        "validation": round(score(Task.read(task).metric, truth, probs.numpy()), 4),
     }

@@ -13,11 +13,13 @@ import ray
 from making.vectors import make_index, quarters, write_vectors
 
 from retrikt_ray.index import build as shards
-from retrikt_ray.index.build import Column, Source, build, edges, recall, sampled, train
+from retrikt_ray.index.build import IndexConfig, build, edges, recall, sampled, train
 from retrikt_ray.index.factory import candidates, choose, lists
+from retrikt_ray.index.vectors import Column
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.tables import Source
 
 FLAT = {"factory": "Flat", "shards": 3, "nprobe": 0, "memory_gb": 1.0, "latency_ms": 10.0}
 
@@ -84,8 +86,8 @@ def test_ray_tasks_write_the_same_files(tmp_path: Path) -> None:
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         source, out = Source.of(Folder.at(tmp_path) / "table"), Folder.at(tmp_path) / "ray"
-        keys = FLAT | {"factory": "IVF4,Flat", "nprobe": 16}
-        build(source, Column("vector", 8), out, queries=vectors[:0], words=False, seed=0, workers=Workers(2, 1, 0), **keys)
+        config = IndexConfig(factory="IVF4,Flat", shards=3, nprobe=16)
+        build(config, source, Column("vector", 8), out, queries=vectors[:0], words=False, seed=0, workers=Workers(2, 1, 0))
     finally:
         ray.shutdown()
     assert out.read_json("index.json") == here.read_json("index.json")  # checksums are among it

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 from making.tiny_run import LABELS, make_run
 
-from retrikt_ray.knowledge import edit as editing
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
@@ -33,7 +32,7 @@ Rows = dict[str, tuple[str, str]]  # id -> text, label
 
 def live(knowledge: Knowledge) -> Rows:
     """All rows that can be found."""
-    rows = [knowledge.row(int(p)) for p in np.flatnonzero(knowledge.alive)]
+    rows = [knowledge.view.row(int(p)) for p in np.flatnonzero(knowledge.view.alive)]
     return {r["id"]: (r["text"], LABELS[int(np.argmax(r["teacher_probs"]))]) for r in rows}
 
 
@@ -50,7 +49,7 @@ def after(rows: Rows, edit: dict[str, Any]) -> Rows:
 def check_answers(predictor: Predictor, rows: Rows) -> None:
     """Each row is found by its own text, with its label; nothing else is found."""
     knowledge = predictor.knowledge
-    found = knowledge.search(predictor.student.encode([(t, None) for t, _ in rows.values()])[1].numpy(), len(rows) + 5)
+    found = knowledge.view.search(predictor.student.encode([(t, None) for t, _ in rows.values()])[1].numpy(), len(rows) + 5)
     for i, code in enumerate(rows):
         assert code in found.ids[i] and set(found.ids[i]) == set(rows)
         at = found.ids[i].index(code)
@@ -61,7 +60,7 @@ def check_answers(predictor: Predictor, rows: Rows) -> None:
 def kill_again_and_again(root: Path, rounds: int) -> dict[str, int]:
     """Kill an editing process at a random moment, `rounds` times, over one run, and compare what is there with what was acknowledged."""
     run, rng = make_run(root / "run"), random.Random(0)
-    rows = live(Knowledge(run))
+    rows = live(Knowledge.open(run))
     counts = {"acknowledged": 0, "in flight, not there": 0, "in flight, there": 0, "between edits": 0}
     forker = subprocess.Popen(
         [sys.executable, str(HERE / "making" / "kill_worker.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV
@@ -122,12 +121,12 @@ def test_200_kills_lose_nothing(tmp_path: Path) -> None:
 def make_edited(root: Path, seed: int) -> Folder:
     """A run with a compacted base and edits upon it, so that every kind of file is there."""
     run = make_run(root, seed=seed)
-    knowledge = Knowledge(run)
-    editing.add(knowledge, [{"text": f"a very brave film {seed}", "label": "positive"}])
+    knowledge = Knowledge.open(run)
+    knowledge.add([{"text": f"a very brave film {seed}", "label": "positive"}])
     compact(run)
     knowledge.refresh()
-    editing.add(knowledge, [{"text": f"but never weak {seed}", "label": "negative"}])
-    editing.delete(knowledge, ["train-000003"])
+    knowledge.add([{"text": f"but never weak {seed}", "label": "negative"}])
+    knowledge.delete(["train-000003"])
     return run
 
 

@@ -23,16 +23,16 @@ from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray.cli import main
 from retrikt_ray.index.actors import ActorSearcher
-from retrikt_ray.index.index import IndexConfig, build_index
-from retrikt_ray.knowledge import edit as editing
-from retrikt_ray.knowledge import log as edits
+from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.knowledge import log
 from retrikt_ray.knowledge.compact import compact
-from retrikt_ray.knowledge.edit import add, added_rows, delete, update
+from retrikt_ray.knowledge.edit import added_rows
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.task.texts import TextError
 
 QUERY = [("a sharp and brave but cold film", None)]
 
@@ -52,7 +52,7 @@ def ids_of(predictor: Predictor, text: str, k: int = 30, **where: str) -> list[s
 def test_an_added_row_is_found_at_once_and_changes_the_answer(run: Folder) -> None:
     predictor, other = Predictor.open(run), Predictor.open(run)
     before = predictor.predict(QUERY)
-    (code,) = add(predictor.knowledge, [{"text": QUERY[0][0], "label": "negative"}])
+    (code,) = predictor.knowledge.add([{"text": QUERY[0][0], "label": "negative"}])
     after = predictor.predict(QUERY)
     assert after.dense is not None and after.lexical is not None
     assert after.dense.ids[0][0] == code and after.dense.scores[0, 0] == pytest.approx(1, abs=1e-6)
@@ -65,45 +65,44 @@ def test_an_added_row_is_found_at_once_and_changes_the_answer(run: Folder) -> No
     np.testing.assert_array_equal(other.predict(QUERY).answers, after.answers)
     np.testing.assert_array_equal(Predictor.open(run).predict(QUERY).answers, after.answers)
     assert Predictor.open(run, edited=False).predict(QUERY).answers.tolist() == before.answers.tolist()  # as the run made it
-    delete(predictor.knowledge, [code])
+    predictor.knowledge.delete([code])
     again = predictor.predict(QUERY)
     assert again.answers.tolist() == before.answers.tolist() and again.dense.ids == before.dense.ids
 
 
 def test_an_update_keeps_the_id(run: Folder) -> None:
     predictor = Predictor.open(run)
-    update(
-        predictor.knowledge,
+    predictor.knowledge.update(
         [{"id": "train-000006", "text": "a fine film", "label": "positive"}, {"id": "train-000000", "label": "negative"}],
     )
     knowledge = predictor.knowledge
-    found = knowledge.find(["train-000006", "train-000000"])
-    rows = {code: knowledge.row(p) for code, p in found.items()}
+    found = knowledge.view.find(["train-000006", "train-000000"])
+    rows = {code: knowledge.view.row(p) for code, p in found.items()}
     assert knowledge.count == 12 and ids_of(predictor, "a dull film").count("train-000006") == 1
     assert (rows["train-000006"]["text"], rows["train-000006"]["source"]) == ("a fine film", "added")
     assert rows["train-000000"]["text"] == TEXTS[0] and rows["train-000000"]["teacher_probs"] == [1.0, 0.0]
-    update(knowledge, [{"id": "train-000000", "teacher_probs": [0.25, 0.75]}])
-    assert knowledge.row(knowledge.find(["train-000000"])["train-000000"])["teacher_probs"] == [0.25, 0.75]
+    knowledge.update([{"id": "train-000000", "teacher_probs": [0.25, 0.75]}])
+    assert knowledge.view.row(knowledge.view.find(["train-000000"])["train-000000"])["teacher_probs"] == [0.25, 0.75]
 
 
 def test_a_deleted_row_is_never_found(run: Folder) -> None:
     predictor = Predictor.open(run)
     assert "train-000002" in ids_of(predictor, TEXTS[2])
-    delete(predictor.knowledge, ["train-000002", "train-000002"])
+    predictor.knowledge.delete(["train-000002", "train-000002"])
     assert len(ids_of(predictor, TEXTS[2])) == 11 and "train-000002" not in ids_of(predictor, TEXTS[2])
-    assert "train-000002" not in predictor.knowledge.search_words([(TEXTS[2], None)], 30).ids[0]
+    assert "train-000002" not in predictor.knowledge.view.search_words([(TEXTS[2], None)], 30).ids[0]
     with pytest.raises(ConfigError, match="no row with the id 'train-000002'"):
-        delete(predictor.knowledge, ["train-000002"])
-    add(predictor.knowledge, [{"id": "train-000002", "text": "never fine", "label": "positive"}])  # its id is free again
+        predictor.knowledge.delete(["train-000002"])
+    predictor.knowledge.add([{"id": "train-000002", "text": "never fine", "label": "positive"}])  # its id is free again
     assert ids_of(predictor, "never fine")[:2] == ["train-000011", "train-000002"]  # ties by position
     with pytest.raises(ConfigError, match="this would delete all 12 rows"):
-        delete(predictor.knowledge, ids_of(predictor, "fine"))
+        predictor.knowledge.delete(ids_of(predictor, "fine"))
 
 
 def test_the_teacher_labels_what_has_no_label(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from retrikt_ray.teacher import annotator as classifier
+    from retrikt_ray.teacher import annotator
 
     asked: list[Any] = []
 
@@ -117,37 +116,37 @@ def test_the_teacher_labels_what_has_no_label(run: Folder, monkeypatch: pytest.M
             asked.extend(texts)
             return torch.tensor([[0.3, 0.7]] * len(texts)), torch.ones(len(texts), 4)
 
-    monkeypatch.setattr(classifier, "Classifier", Teacher)
+    monkeypatch.setattr(annotator, "Annotator", Teacher)
     (run / "teacher").write_json("teacher.json", {})
     artifacts.seal(run / "teacher", stage="teach", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
-    knowledge = Knowledge(run)
-    codes = add(knowledge, [{"text": "one  more"}, {"text": "two more", "label": "negative"}, {"text": "three more", "label": ""}])
+    knowledge = Knowledge.open(run)
+    codes = knowledge.add([{"text": "one  more"}, {"text": "two more", "label": "negative"}, {"text": "three more", "label": ""}])
     assert asked == [("one more", None), ("three more", None)]
-    rows = [knowledge.row(p) for p in knowledge.find(codes).values()]
+    rows = [knowledge.view.row(p) for p in knowledge.view.find(codes).values()]
     assert [r["teacher_probs"] for r in rows] == [pytest.approx([0.3, 0.7]), [1.0, 0.0], pytest.approx([0.3, 0.7])]
-    update(knowledge, [{"id": codes[1], "text": "changed"}])  # the old label was of another text
+    knowledge.update([{"id": codes[1], "text": "changed"}])  # the old label was of another text
     assert asked[2:] == [("changed", None)]
     assert compact(run) is not None  # rows with and without the teacher's embedding in one file
-    table = (knowledge.folder / "base-000003" / "store").read_tables()
+    table = ((run / "knowledge") / "base-000003" / "store").read_tables()
     assert table["teacher_embedding"].to_pylist()[-3:] == [[1.0] * 4, [1.0] * 4, [1.0] * 4]
 
 
 def test_repeating_an_add_adds_nothing_twice(run: Folder) -> None:
-    knowledge = Knowledge(run)
-    (code,) = add(knowledge, [{"text": "one more", "label": "positive"}])
+    knowledge = Knowledge.open(run)
+    (code,) = knowledge.add([{"text": "one more", "label": "positive"}])
     with pytest.raises(ConfigError, match=f"row 1: .* has a row '{code}' already .*; use update"):
-        add(knowledge, [{"text": "one   more", "label": "negative"}])
-    assert knowledge.count == 13 and knowledge.state is not None and knowledge.state.version == 1
+        knowledge.add([{"text": "one   more", "label": "negative"}])
+    assert knowledge.count == 13 and knowledge.view.log is not None and knowledge.view.log.version == 1
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([], "no rows to add"),
-        (["text"], "row 1: found 'text', expected an object"),
+        ([3], "row 1: found 3, expected an object"),
         ([{"text": "a"}, {"txt": "b"}], "row 2: there is no field 'txt'; expected id, text"),
-        ([{"label": "positive"}], "row 1: text: found None, expected a text"),
-        ([{"text": 3}], "row 1: text: found 3, expected a text"),
+        ([{"label": "positive"}], "row 1: text: found null; expected a text"),
+        ([{"text": 3}], "row 1: text: found 3; expected a text"),
         ([{"text": "a", "text_pair": "b"}], "row 1: text_pair is given, but tiny takes single texts"),
         ([{"text": "a", "label": "good"}], "row 1: label: found 'good'; the labels of tiny are negative, positive"),
         ([{"text": "a", "teacher_probs": [1.0]}], "row 1: teacher_probs: found .*expected a list of 2 numbers"),
@@ -156,66 +155,66 @@ def test_repeating_an_add_adds_nothing_twice(run: Folder) -> None:
         ([{"text": "a", "label": "positive", "teacher_probs": [0, 1]}], "row 1: found label and teacher_probs, expected one"),
         ([{"text": "a", "label": "positive"}, {"text": " a", "label": "negative"}], "rows 1 and 2 have the same id, .*: the same text"),
         ([{"text": "b", "id": "train-000001", "label": "positive"}], "row 1: .* has a row 'train-000001' already"),
-        ([{"text": "b", "id": 7}], "row 1: id: found 7, expected a string"),
+        ([{"text": "b", "id": 7}], "row 1: id: found 7; expected a string"),
         ([{"text": "a", "teacher_probs": ["0", "1"]}], "row 1: teacher_probs: found .*expected a list of 2 numbers"),
         ([{"text": "a", "teacher_probs": [[1], [0]]}], "row 1: teacher_probs: found .*expected a list of 2 numbers"),
         ([{"text": "a", "teacher_probs": "sure"}], "row 1: teacher_probs: found 'sure', expected a list of 2 numbers"),
         ([{"text": "a", "label": True}], "row 1: label: found True, expected a text"),
-        ([{"text": "half \ud800", "label": "positive"}], "row 1: text: found half of a surrogate pair"),
-        ([{"text": "b", "id": "\ud800", "label": "positive"}], "row 1: id: found half of a surrogate pair"),
+        ([{"text": "half \ud800", "label": "positive"}], "row 1: text holds half of a surrogate pair"),
+        ([{"text": "b", "id": "\ud800", "label": "positive"}], "row 1: id holds half of a surrogate pair"),
         ([{"text": "a", None: ["b"]}], "row 1: there is no field None"),
     ],
 )
-def test_bad_rows_are_refused_and_nothing_is_lost(run: Folder, rows: list[Any], told: str) -> None:
-    knowledge = Knowledge(run)
-    with pytest.raises(ConfigError, match=told):
-        add(knowledge, rows)
-    assert knowledge.count == 12 and not knowledge.folder.exists()
+def test_bad_rows_are_refused_and_nothing_is_lost(run: Folder, rows: list[Any], message: str) -> None:
+    knowledge = Knowledge.open(run)
+    with pytest.raises((ConfigError, TextError), match=message):
+        knowledge.add(rows)
+    assert knowledge.count == 12 and not (run / "knowledge").exists()
 
 
 def test_bad_updates(run: Folder) -> None:
-    knowledge = Knowledge(run)
-    for rows, told in (
+    knowledge = Knowledge.open(run)
+    for rows, message in (
         ([{"text": "a"}], "row 1: found no id"),
         ([{"id": "train-000001"}], "row 1: nothing to update"),
         ([{"id": "nobody", "label": "positive"}], "no row with the id 'nobody'"),
     ):
-        with pytest.raises(ConfigError, match=told):
-            update(knowledge, rows)
-    assert not knowledge.folder.exists()
+        with pytest.raises(ConfigError, match=message):
+            knowledge.update(rows)
+    assert not (run / "knowledge").exists()
 
 
 def test_pairs_and_regression(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", pair=True, regression=True)
-    knowledge = Knowledge(run)
-    codes = add(
-        knowledge, [{"text": "a film", "text_pair": "the film", "label": "4.5"}, {"text": "a", "text_pair": "b", "teacher_probs": [1.5]}]
+    knowledge = Knowledge.open(run)
+    codes = knowledge.add(
+        [{"text": "a film", "text_pair": "the film", "label": "4.5"}, {"text": "a", "text_pair": "b", "teacher_probs": [1.5]}]
     )
-    assert [knowledge.row(p)["teacher_probs"] for p in knowledge.find(codes).values()] == [[4.5], [1.5]]
-    update(knowledge, [{"id": codes[0], "text_pair": "the play", "label": 2}])
-    row = knowledge.row(knowledge.find(codes)[codes[0]])
+    assert [knowledge.view.row(p)["teacher_probs"] for p in knowledge.view.find(codes).values()] == [[4.5], [1.5]]
+    knowledge.update([{"id": codes[0], "text_pair": "the play", "label": 2}])
+    row = knowledge.view.row(knowledge.view.find(codes)[codes[0]])
     assert (row["text"], row["text_pair"], row["teacher_probs"]) == ("a film", "the play", [2.0])
-    for bad, told in (
-        ({"text": "a", "label": "1"}, "text_pair: found None"),
+    for bad, message in (
+        ({"text": "a", "label": "1"}, "text_pair: found null"),
         ({"text": "a", "text_pair": "c", "label": "high"}, "expected a number"),
     ):
-        with pytest.raises(ConfigError, match=told):
-            add(knowledge, [bad])
+        with pytest.raises((ConfigError, TextError), match=message):
+            knowledge.add([bad])
     with pytest.raises(ConfigError, match="the labels of tiny are none, it is a regression"):
-        knowledge.allowed("positive", None)
+        knowledge.view.allowed("positive", None)
     compact(run)
     knowledge.refresh()
-    assert knowledge.find(codes).keys() == set(codes)
+    assert knowledge.view.find(codes).keys() == set(codes)
 
 
 def test_filters(run: Folder) -> None:
     predictor = Predictor.open(run)
-    (code,) = add(predictor.knowledge, [{"text": "a fine film", "label": "negative"}])
+    (code,) = predictor.knowledge.add([{"text": "a fine film", "label": "negative"}])
     assert set(ids_of(predictor, "a film", label="positive")) == {f"train-{i:06d}" for i in range(6)}
     assert set(ids_of(predictor, "a film", source="generated")) == {f"train-{i:06d}" for i in range(1, 12, 2)}
     assert ids_of(predictor, "a film", source="added") == [code]
     assert ids_of(predictor, "a film", label="positive", source="added") == []
-    words = predictor.knowledge.search_words([("a film", None)], 30, label="negative")
+    words = predictor.knowledge.view.search_words([("a film", None)], 30, label="negative")
     assert set(words.ids[0]) == {code, "train-000006", "train-000008", "train-000010"}
     assert (
         ids_of(predictor, "a film", k=2, label="negative")
@@ -229,17 +228,17 @@ def test_filters(run: Folder) -> None:
 
 def test_many_edits_become_one_file(run: Folder) -> None:
     predictor = Predictor.open(run)
-    codes = [add(predictor.knowledge, [{"text": f"film {i}", "label": LABELS[i % 2]}])[0] for i in range(2 * edits.FOLD + 3)]
-    delete(predictor.knowledge, codes[:5])
-    state = predictor.knowledge.state
-    assert state is not None and len(state.edits) <= edits.FOLD and (state.added, state.deleted) == (2 * edits.FOLD + 3, 5)
-    assert state.version == 2 * edits.FOLD + 4
-    add(predictor.knowledge, [{"text": "last", "label": "positive"}])
-    on_disk = {n for n in predictor.knowledge.folder.files() if n.startswith("edit-")}
-    named = {e["file"] for e in predictor.knowledge.state.edits}
-    assert named <= on_disk and len(on_disk) <= edits.FOLD + 1
+    codes = [predictor.knowledge.add([{"text": f"film {i}", "label": LABELS[i % 2]}])[0] for i in range(2 * log.FOLD + 3)]
+    predictor.knowledge.delete(codes[:5])
+    after = predictor.knowledge.view.log
+    assert after is not None and len(after.edits) <= log.FOLD and (after.added, after.deleted) == (2 * log.FOLD + 3, 5)
+    assert after.version == 2 * log.FOLD + 4
+    predictor.knowledge.add([{"text": "last", "label": "positive"}])
+    on_disk = {n for n in (run / "knowledge").files() if n.startswith("edit-")}
+    named = {e["file"] for e in predictor.knowledge.view.log.edits}
+    assert named <= on_disk and len(on_disk) <= log.FOLD + 1
     anew = Predictor.open(run)
-    assert anew.knowledge.count == 12 + 2 * edits.FOLD + 3 - 5 + 1
+    assert anew.knowledge.count == 12 + 2 * log.FOLD + 3 - 5 + 1
     assert set(codes[5:]) < set(ids_of(anew, "film", 99)) and not set(codes[:5]) & set(ids_of(anew, "film", 99))
 
 
@@ -248,16 +247,16 @@ def test_many_edits_become_one_file(run: Folder) -> None:
 
 def fresh(path: Path, run: Folder, config: IndexConfig) -> Predictor:
     """A run with the same student whose store was made, and whose index was built, from the live rows of `run`."""
-    knowledge = Knowledge(run)
+    knowledge = Knowledge.open(run)
     shutil.copytree(run.uri, path, ignore=shutil.ignore_patterns("knowledge", "store", "index"))
     other = Folder.at(path)
-    rows = [knowledge.row(int(p)) for p in np.flatnonzero(knowledge.alive)]
+    rows = [knowledge.view.row(int(p)) for p in np.flatnonzero(knowledge.view.alive)]
     schema = (run / "store").read_tables().schema
     table = pa.Table.from_pylist([{n: r.get(n) for n in schema.names} for r in rows], schema=schema)
     (other / "store").write_table("part-00000.parquet", table)
     keys: dict[str, Any] = {"fingerprint": "x", "seed": 0, "started": time.time()}
     store = artifacts.seal(other / "store", stage="annotate", config={}, inputs={}, **keys).content
-    queries = np.zeros((0, knowledge.card["width"]), np.float32)
+    queries = np.zeros((0, knowledge.view.base.card["width"]), np.float32)
     build_index(config, other / "store", other / "student", other / "index", queries, seed=0, workers=None)
     (other / "index").write_bytes("mixture.json", (run / "index").read_bytes("mixture.json"))
     artifacts.seal(other / "index", stage="index", config={}, inputs={"store": store, "student": knowledge.student}, **keys)
@@ -267,8 +266,8 @@ def fresh(path: Path, run: Folder, config: IndexConfig) -> Predictor:
 def assert_same(one: Predictor, other: Predictor) -> None:
     texts = [(t, None) for t in [*TEXTS, *(QUERY[0])] if t]
     for got, want in zip(
-        (one.retrieve(texts, 40), one.knowledge.search_words(texts, 40)),
-        (other.retrieve(texts, 40), other.knowledge.search_words(texts, 40)),
+        (one.retrieve(texts, 40), one.knowledge.view.search_words(texts, 40)),
+        (other.retrieve(texts, 40), other.knowledge.view.search_words(texts, 40)),
         strict=True,
     ):
         assert got.ids == want.ids
@@ -288,26 +287,26 @@ def test_compaction_is_a_fresh_build(tmp_path_factory: pytest.TempPathFactory, s
     for step in range(4):
         knowledge = predictor.knowledge
         texts = [" ".join(rng.choice(TEXTS, 2)) + f" {step}{i}" for i in range(rng.integers(1, 4))]
-        add(knowledge, [{"text": t, "label": str(rng.choice(LABELS))} for t in texts])
-        live = knowledge.rows["id"].take(pa.array(np.flatnonzero(knowledge.alive))).to_pylist()
+        knowledge.add([{"text": t, "label": str(rng.choice(LABELS))} for t in texts])
+        live = knowledge.view.rows["id"].take(pa.array(np.flatnonzero(knowledge.view.alive))).to_pylist()
         if rng.random() < 0.7:
-            delete(knowledge, rng.choice(live, 2, replace=False).tolist())
+            knowledge.delete(rng.choice(live, 2, replace=False).tolist())
         if step == 1:
             compact(run)
             knowledge.refresh()
     edited, anew = Predictor.open(run), fresh(root / "fresh", run, IndexConfig(shards=shards))
     assert_same(edited, anew)
-    state = compact(run)
-    assert state is not None and state.base is not None and not state.edits
+    after = compact(run)
+    assert after is not None and after.base is not None and not after.edits
     compacted = Predictor.open(run)
-    assert compacted.knowledge.delta is None and compacted.knowledge.alive.all()
+    assert compacted.knowledge.view.added is None and compacted.knowledge.view.alive.all()
     assert_same(compacted, anew)
     edited.knowledge.refresh()
     assert_same(edited, anew)
-    index = (run / "knowledge" / state.base / "index").read_json("index.json")
-    assert [s["sha256"] for s in index["shards"]] == [s["sha256"] for s in anew.knowledge.card["shards"]]  # the very files
+    index = (run / "knowledge" / after.base / "index").read_json("index.json")
+    assert [s["sha256"] for s in index["shards"]] == [s["sha256"] for s in anew.knowledge.view.base.card["shards"]]  # the very files
     there = {n.split("/")[0] for n in (run / "knowledge").files()}
-    assert there == {state.base, state.previous, "manifest.json"} and state.previous is not None  # for readers that have it mapped
+    assert there == {after.base, after.previous, "manifest.json"} and after.previous is not None  # for readers that have it mapped
     assert compact(run) is None
     shutil.rmtree(root)
 
@@ -328,9 +327,9 @@ def test_readers_go_on_while_a_base_is_replaced(run: Folder) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    writer = Knowledge(run)
+    writer = Knowledge.open(run)
     for i in range(12):
-        add(writer, [{"text": f"film {i}", "label": "positive"}])
+        writer.add([{"text": f"film {i}", "label": "positive"}])
         compact(run)
         writer.refresh()
     stop.set()
@@ -349,9 +348,9 @@ def reseal(folder: Folder, manifest: artifacts.Manifest) -> str:
 
 def test_edits_of_another_student_are_refused_and_taken_over(tmp_path: Path) -> None:
     run, twin = make_run(tmp_path / "run"), make_run(tmp_path / "twin", seed=1)
-    knowledge = Knowledge(run)
-    (code,) = add(knowledge, [{"text": "one more", "label": "positive"}])
-    delete(knowledge, ["train-000001"])
+    knowledge = Knowledge.open(run)
+    (code,) = knowledge.add([{"text": "one more", "label": "positive"}])
+    knowledge.delete(["train-000001"])
     for name in ("student", "index"):  # the run was distilled and indexed again
         shutil.rmtree(tmp_path / "run" / name)
         shutil.copytree(tmp_path / "twin" / name, tmp_path / "run" / name)
@@ -363,7 +362,7 @@ def test_edits_of_another_student_are_refused_and_taken_over(tmp_path: Path) -> 
         Predictor.open(run)
     assert compact(run) is not None
     predictor = Predictor.open(run)
-    assert predictor.knowledge.find([code, "train-000001"]).keys() == {code}
+    assert predictor.knowledge.view.find([code, "train-000001"]).keys() == {code}
     assert ids_of(predictor, "one more")[0] == code
     twin_vectors = Predictor.open(twin).student.encode([("one more", None)])[1]
     assert predictor.retrieve([("one more", None)], 1).scores[0, 0] == pytest.approx(1, abs=1e-6)
@@ -372,13 +371,13 @@ def test_edits_of_another_student_are_refused_and_taken_over(tmp_path: Path) -> 
 
 def test_edits_of_another_store_are_refused_and_can_be_saved(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    knowledge = Knowledge(run)
+    knowledge = Knowledge.open(run)
     rows = [{"text": "one more", "label": "positive"}, {"text": "two more", "label": "negative"}]
-    codes = add(knowledge, rows)
+    codes = knowledge.add(rows)
     compact(run)
     knowledge.refresh()
-    delete(knowledge, codes[1:])
-    update(knowledge, [{"id": "train-000000", "label": "negative"}])
+    knowledge.delete(codes[1:])
+    knowledge.update([{"id": "train-000000", "label": "negative"}])
     table = (run / "store").read_table("part-00000.parquet")
     manifests = {n: artifacts.check(run / n) for n in ("store", "index")}
     (run / "store").write_table("part-00000.parquet", table.set_column(1, "text", pa.array([t.upper() for t in table["text"].to_pylist()])))
@@ -415,23 +414,22 @@ def test_an_index_of_another_student_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_first_edit_that_fails_leaves_nothing(run: Folder) -> None:
     """Here for want of a teacher; and a manifest without edits, which a killed process leaves, binds nothing."""
     with pytest.raises(ArtifactError, match="teacher is not complete"):
-        add(Knowledge(run), [{"text": "one more"}])
+        Knowledge.open(run).add([{"text": "one more"}])
     assert not (run / "knowledge").exists()
-    knowledge = Knowledge(run)
-    state = edits.State(0, None, {"student": "s", "store": "s", "index": "s"}, "s")
-    knowledge.folder.write_sealed("manifest.json", asdict(state))
-    assert Knowledge(run).state is None and compact(run) is None and added_rows(run) == []
-    add(Knowledge(run), [{"text": "one more", "label": "positive"}])
-    assert Knowledge(run).count == 13
+    after = log.Log(0, None, {"student": "s", "store": "s", "index": "s"}, "s")
+    (run / "knowledge").write_sealed("manifest.json", asdict(after))
+    assert Knowledge.open(run).view.log is None and compact(run) is None and added_rows(run) == []
+    Knowledge.open(run).add([{"text": "one more", "label": "positive"}])
+    assert Knowledge.open(run).count == 13
 
 
 def test_a_run_can_be_opened_while_others_edit_and_compact(run: Folder) -> None:
-    knowledge, stop = Knowledge(run), threading.Event()
-    add(knowledge, [{"text": "the first", "label": "positive"}])
+    knowledge, stop = Knowledge.open(run), threading.Event()
+    knowledge.add([{"text": "the first", "label": "positive"}])
 
     def edit() -> None:
         for i in range(40):
-            editing.add(knowledge, [{"text": f"number {i}", "label": "positive"}])
+            knowledge.add([{"text": f"number {i}", "label": "positive"}])
             if i % 5 == 0:
                 compact(run)
                 knowledge.refresh()
@@ -441,10 +439,10 @@ def test_a_run_can_be_opened_while_others_edit_and_compact(run: Folder) -> None:
     writer.start()
     opened = 0
     while not stop.is_set():
-        assert Knowledge(run).count >= 13
+        assert Knowledge.open(run).count >= 13
         opened += 1
     writer.join()
-    assert opened > 3 and Knowledge(run).count == 12 + 41
+    assert opened > 3 and Knowledge.open(run).count == 12 + 41
 
 
 def test_actors_change_to_a_new_base_where_there_is_place_for_one(tmp_path: Path) -> None:
@@ -452,34 +450,34 @@ def test_actors_change_to_a_new_base_where_there_is_place_for_one(tmp_path: Path
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:
         predictor = Predictor.open(run, opener=lambda index, threads: ActorSearcher(index, 3, threads))
-        (code,) = add(predictor.knowledge, [{"text": "one more", "label": "positive"}])
+        (code,) = predictor.knowledge.add([{"text": "one more", "label": "positive"}])
         assert compact(run) is not None and predictor.knowledge.refresh()
-        assert predictor.knowledge.delta is None and ids_of(predictor, "one more")[0] == code
-        assert predictor.knowledge.searcher is not None
-        predictor.knowledge.searcher.close()
+        assert predictor.knowledge.view.added is None and ids_of(predictor, "one more")[0] == code
+        assert predictor.knowledge.view.base.searcher is not None
+        predictor.knowledge.view.base.searcher.close()
     finally:
         ray.shutdown()
 
 
 def test_a_student_made_anew_is_noticed(run: Folder) -> None:
-    knowledge = Knowledge(run)
+    knowledge = Knowledge.open(run)
     seal = artifacts.check(run / "student")
     (run / "student").write_json("note.json", {})
     reseal(run / "student", seal)
     with pytest.raises(ArtifactError, match=r"run/student was made anew since this process opened it: start the process again"):
-        add(knowledge, [{"text": "one more", "label": "positive"}])
+        knowledge.add([{"text": "one more", "label": "positive"}])
     assert not (run / "knowledge").exists()
 
 
 def test_compaction_takes_over_a_changed_index(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    add(Knowledge(run), [{"text": "one more", "label": "positive"}])
+    Knowledge.open(run).add([{"text": "one more", "label": "positive"}])
     assert compact(run) is not None and compact(run) is None
     other = make_run(tmp_path / "other", shards=3)
     shutil.rmtree(tmp_path / "run" / "index")
     shutil.copytree(tmp_path / "other" / "index", tmp_path / "run" / "index")
     assert other.exists() and compact(run) is not None
-    assert len(Knowledge(run).card["shards"]) == 3 and Knowledge(run).count == 13 and compact(run) is None
+    assert len(Knowledge.open(run).view.base.card["shards"]) == 3 and Knowledge.open(run).count == 13 and compact(run) is None
 
 
 def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -499,42 +497,42 @@ def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: py
 
 
 def test_a_lost_manifest_is_not_an_unedited_run(run: Folder) -> None:
-    add(Knowledge(run), [{"text": "one more", "label": "positive"}])
+    Knowledge.open(run).add([{"text": "one more", "label": "positive"}])
     (run / "knowledge").remove("manifest.json")
     with pytest.raises(ArtifactError, match=r"knowledge/manifest\.json is missing, but .*edit-000001\.parquet is there"):
         Predictor.open(run)
 
 
 def test_a_second_writer_waits_and_is_told(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    knowledge = Knowledge(run)
-    monkeypatch.setattr(edits, "WAIT_S", 0.2)
-    with edits.writing(run), pytest.raises(ConfigError, match="another process has been editing"):
-        add(knowledge, [{"text": "one more", "label": "positive"}])
-    add(knowledge, [{"text": "one more", "label": "positive"}])
+    knowledge = Knowledge.open(run)
+    monkeypatch.setattr(log, "WAIT_S", 0.2)
+    with log.writing(run), pytest.raises(ConfigError, match="another process has been editing"):
+        knowledge.add([{"text": "one more", "label": "positive"}])
+    knowledge.add([{"text": "one more", "label": "positive"}])
 
 
 def test_two_writers_lose_nothing(run: Folder) -> None:
     def write(name: str) -> None:
-        knowledge = Knowledge(run)
+        knowledge = Knowledge.open(run)
         for i in range(15):
-            editing.add(knowledge, [{"text": f"{name} {i}", "label": "positive"}])
+            knowledge.add([{"text": f"{name} {i}", "label": "positive"}])
 
     threads = [threading.Thread(target=write, args=(n,)) for n in ("one", "two", "three")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert Knowledge(run).count == 12 + 45
+    assert Knowledge.open(run).count == 12 + 45
 
 
 def test_knowledge_on_an_object_store(tmp_path: Path) -> None:
     run = make_run(f"memory://knowledge-{time.time_ns()}/run")
     predictor = Predictor.open(run)
-    (code,) = add(predictor.knowledge, [{"text": "one more", "label": "positive"}])
+    (code,) = predictor.knowledge.add([{"text": "one more", "label": "positive"}])
     assert ids_of(predictor, "one more")[0] == code
     assert compact(run) is not None
     anew = Predictor.open(run)
-    assert ids_of(anew, "one more")[0] == code and anew.knowledge.delta is None
+    assert ids_of(anew, "one more")[0] == code and anew.knowledge.view.added is None
 
 
 # -- the command line ------------------------------------------------------------------------------------------------------
@@ -563,14 +561,14 @@ def test_store_commands(run: Folder, tmp_path: Path) -> None:
     assert invoke("store", "compact", run.uri) == "compacted to version 5, base-000005\n"
     assert invoke("store", "compact", run.uri) == "nothing to compact\n"
     table = tmp_path / "more.csv"
-    for content, told in (
+    for content, message in (
         ("text,label\na fine, long film,positive\n", "more.csv, line 2: found more fields than the header has (text, label); quote fields"),
         ('text,label\n"' + "x" * 140_000 + '",positive\n', "more.csv, line 2: not CSV (field larger than"),
         ("text,label\nb,positive\nc,good\n", "more.csv, row 2: label: found 'good'"),
     ):
         table.write_text(content)
         wrong = CliRunner().invoke(main, ["store", "add", run.uri, str(table)])
-        assert wrong.exit_code == 1 and told in " ".join(wrong.output.split()), wrong.output
+        assert wrong.exit_code == 1 and message in " ".join(wrong.output.split()), wrong.output
     table.write_text('text,teacher_probs\na sure thing,"[0.25, 0.75]"\n')
     assert "added 1" in invoke("store", "add", run.uri, str(table))
     table.write_text("name\ntrain-000001\n")

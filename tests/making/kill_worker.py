@@ -15,9 +15,8 @@ from typing import Any
 import faiss
 import torch
 
-from retrikt_ray.index.index import StudentVectors
 from retrikt_ray.index.lexical import counted
-from retrikt_ray.knowledge import edit as editing
+from retrikt_ray.index.vectors import StudentVectors
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import Folder
@@ -64,7 +63,7 @@ def choose(rng: random.Random, ids: list[str], labels: list[str]) -> dict[str, A
 
 def work(run: Folder, seed: int, log: str) -> None:
     """Edit until killed."""
-    rng, knowledge = random.Random(seed), Knowledge(run)
+    rng, knowledge = random.Random(seed), Knowledge.open(run)
 
     def tell(line: str) -> None:
         with open(log, "a") as file:
@@ -73,16 +72,16 @@ def work(run: Folder, seed: int, log: str) -> None:
 
     tell("open")
     while True:
-        live = knowledge.rows["id"].to_pylist()
-        edit = choose(rng, sorted(i for i, a in zip(live, knowledge.alive, strict=True) if a), knowledge.task["labels"])
+        live = knowledge.view.rows["id"].to_pylist()
+        edit = choose(rng, sorted(i for i, a in zip(live, knowledge.view.alive, strict=True) if a), list(knowledge.task.labels))
         tell(json.dumps(edit))
         if edit["kind"] == "compact":
             compact(run)
             knowledge.refresh()
         elif edit["kind"] == "delete":
-            editing.delete(knowledge, edit["ids"])
+            knowledge.delete(edit["ids"])
         else:
-            getattr(editing, edit["kind"])(knowledge, edit["rows"])
+            getattr(knowledge, edit["kind"])(edit["rows"])
         tell("done")
 
 

@@ -16,13 +16,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from retrikt_ray.index.index import IndexConfig, build_index
-from retrikt_ray.predictor import Mixture
+from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.mixture import Mixture
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import Manifest
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.annotate import store_schema
-from retrikt_ray.student.model import Student, StudentConfig, StudentModel
+from retrikt_ray.store.rows import store_schema
+from retrikt_ray.student.kinds import StudentConfig
+from retrikt_ray.student.model import Student, StudentModel
 
 WORDS = [
     "a",

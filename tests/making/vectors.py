@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrikt_ray.index.build import Column, Source, build
+from retrikt_ray.index.build import IndexConfig, build
+from retrikt_ray.index.vectors import Column
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.tables import Source
 
 
 def write_vectors(folder: Folder, vectors: np.ndarray, group: int, name: str = "part-00000.parquet") -> Source:
@@ -36,10 +38,10 @@ def make_index(
     if not (run / "table").exists():
         write_vectors(run / "table", vectors, group)
     folder = run / f"index-{shards}"
-    keys = {"factory": factory, "shards": shards, "nprobe": nprobe, "memory_gb": 1.0, "latency_ms": 10.0}
+    config = IndexConfig(factory=factory, shards=shards, nprobe=nprobe, memory_gb=1.0)
     queries = np.zeros((0, vectors.shape[1]), np.float32) if queries is None else queries
     column = Column("vector", vectors.shape[1])
-    build(Source.of(run / "table"), column, folder, queries=queries, words=False, seed=0, workers=None, **keys)
+    build(config, Source.of(run / "table"), column, folder, queries=queries, words=False, seed=0, workers=None)
     seal(folder)
     return folder
 

@@ -69,6 +69,59 @@ def test_length() -> None:
     close(rewards.length(counts, ended, low=5, high=10), [1, 1, 0.6, 0.5, 0, 0, 0])
 
 
+def batch(regression: bool) -> rewards.Batch:
+    """Two texts, asked for conditions 1 and 0, where every term can be worked in the head."""
+    rows = rewards.TaskRows(
+        embeddings=np.array([[1.0, 0.0]]),
+        bigrams={("a", "fine")},
+        low=3.0,
+        high=4.0,
+        values=np.array([1.0, 5.0]),
+        spread=2.0,
+        regression=regression,
+    )
+    return rewards.Batch(
+        texts=["a fine film", "a dull film"],
+        asked=np.array([1, 0]),
+        answers=np.array([[2.0], [1.5]]) if regression else np.array([[0.75, 0.25], [0.5, 0.5]]),
+        embeddings=np.array([[0.0, 1.0], [3.0, 4.0]]),
+        likelihood=np.array([-2.0, -3.0]),
+        tokens=np.array([4, 6]),
+        ended=np.array([True, False]),
+        seen={("a", "fine"), ("dull", "film")},
+        rows=rows,
+    )
+
+
+def test_every_term_has_a_weight() -> None:
+    assert list(rewards.TERMS) == list(rewards.RewardWeights.model_fields)
+
+
+def test_terms_read_what_they_should() -> None:
+    # Overlap of either text with the other: unigrams 2/3, bigrams 0, trigrams 0; its mean is 2/9.
+    # 6 tokens where 4 are the most, and cut: 1 - 2/4 - 1.
+    want = {
+        "fidelity": [math.log(0.25), math.log(0.5)],
+        "diversity": [7 / 9, 7 / 9],
+        "novelty": [0.5, 0.5],
+        "domain": [0.0, 0.6],
+        "fluency": [-2.0, -3.0],
+        "length": [1.0, -0.5],
+    }
+    for name, values in want.items():
+        close(rewards.TERMS[name](batch(regression=False)), values)
+    assert list(want) == list(rewards.TERMS)
+
+
+def test_fidelity_in_regression_is_closeness_to_the_condition() -> None:
+    # Asked for 5 and 1, found 2 and 1.5, spread 2.
+    close(rewards.TERMS["fidelity"](batch(regression=True)), [-1.5, -0.25])
+
+
+def test_bigrams() -> None:
+    assert rewards.bigrams(["a b a b", "B c", "d"]) == {("a", "b"), ("b", "a"), ("b", "c")}
+
+
 def test_distinct() -> None:
     assert rewards.distinct(["a b a b", "a b"]) == pytest.approx(2 / 4)  # ab ba ab, ab
     assert rewards.distinct(["a b a b", "a b"], n=1) == pytest.approx(2 / 6)

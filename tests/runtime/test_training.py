@@ -97,8 +97,8 @@ def test_solo_sets_rates_clips_and_updates() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     other = torch.nn.Parameter(torch.tensor([0.0]))
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0}, {"params": [other], "lr": 0.1}])
-    solo = Solo(optimizer, total=20)
-    assert solo.mine([4, 5, 6]) == [4, 5, 6] and solo.start == 0
+    solo = Solo(optimizer, total=20, seed=0)
+    assert solo.share([4, 5, 6]) == [4, 5, 6] and solo.start == 0
     solo.set_rate(0)
     assert [g["lr"] for g in optimizer.param_groups] == [0.5, pytest.approx(0.05)]
     solo.set_rate(11)
@@ -115,4 +115,4 @@ def test_workers_share_a_batch() -> None:
     class Second(Solo):
         rank, world = 1, 3
 
-    assert Second(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1).mine([10, 11, 12, 13, 14]) == [11, 14]
+    assert Second(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1, 0).share([10, 11, 12, 13, 14]) == [11, 14]

@@ -31,7 +31,6 @@ from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from retrikt_ray import __version__
-from retrikt_ray.knowledge import edit as editing
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Hits, Knowledge
 from retrikt_ray.predictor import Mixture, Predictor
@@ -175,7 +174,7 @@ def test_retrieve_modes(served: Served) -> None:
     texts = ["never dull", "so cold"]
     queries = [(t, None) for t in texts]
     dense = [expected_rows(served.single, served.single.retrieve(queries, 4), i, "similarity") for i in range(2)]
-    lexical = [expected_rows(served.single, served.single.knowledge.search_words(queries, 4), i, "bm25") for i in range(2)]
+    lexical = [expected_rows(served.single, served.single.knowledge.view.search_words(queries, 4), i, "bm25") for i in range(2)]
     # "never" is in rows 5 and 11, "dull" in 5 and 6, "cold" in 7 and 10; row 7 is the shorter one. "so" is in none.
     assert [[r["id"] for r in rows] for rows in lexical] == [
         ["train-000005", "train-000011", "train-000006"],
@@ -214,7 +213,7 @@ def test_retrieve_filters(served: Served, where: dict[str, Any], rows: range) ->
     assert dense == expected_rows(served.single, served.single.retrieve([(query, None)], 12, **where), 0, "similarity")
     lexical = served.post("retrieve", {"inputs": query, "k": 100, "mode": "lexical", **where}).json()
     assert sorted(r["id"] for r in lexical) == [i for i in ids if set(query.split()) & set(TEXTS[int(i[-2:])].split())]
-    assert lexical == expected_rows(served.single, served.single.knowledge.search_words([(query, None)], 12, **where), 0, "bm25")
+    assert lexical == expected_rows(served.single, served.single.knowledge.view.search_words([(query, None)], 12, **where), 0, "bm25")
     assert served.post("retrieve", {"inputs": query, "k": 100, "mode": "hybrid", **where}).json() == {"dense": dense, "lexical": lexical}
     assert served.post("retrieve", {"inputs": query, "k": 2, **where}).json() == dense[:2]  # filtered before it is cut, not after
 
@@ -355,7 +354,7 @@ def test_concurrent_requests_each_get_their_own_answer(served: Served) -> None:
             assert [scores(row) for row in answer] == [expected_scores(single, t) for t, _ in queries]
         elif i % 4 == 2:
             label = LABELS[i % 8 // 4]
-            near, words = single.retrieve(queries, 3, label=label), single.knowledge.search_words(queries, 3, label=label)
+            near, words = single.retrieve(queries, 3, label=label), single.knowledge.view.search_words(queries, 3, label=label)
             for j in range(2):
                 want = {"dense": expected_rows(single, near, j, "similarity"), "lexical": expected_rows(single, words, j, "bm25")}
                 assert answer[j] == want
@@ -394,13 +393,13 @@ def store_of(served: Served) -> dict[str, int]:
 
 def test_running_server_sees_edits_at_once(served: Served) -> None:
     """Every edit is there in the next answer, whichever route is asked first; the replica neither starts anew nor is told."""
-    knowledge = Knowledge(served.edited)
+    knowledge = Knowledge.open(served.edited)
     version, rows = store_of(served)["version"], store_of(served)["rows"]
     before = asked(served)
     unknown = served.post("edited/retrieve", {"inputs": QUERY, "source": "added"})
 
     # add, and /predict first
-    assert editing.add(knowledge, [{"id": "new-1", "text": QUERY, "label": "negative"}]) == ["new-1"]
+    assert knowledge.add([{"id": "new-1", "text": QUERY, "label": "negative"}]) == ["new-1"]
     after = asked(served)
     assert store_of(served) == {"rows": rows + 1, "version": version + 1}
     want = {"id": "new-1", "text": QUERY, "text_pair": None, "source": "added", "label": "negative", "score": 1.0}
@@ -417,7 +416,7 @@ def test_running_server_sees_edits_at_once(served: Served) -> None:
     assert [[r["id"] for r in only[side]] for side in ("dense", "lexical")] == [["new-1"], ["new-1"]]
 
     # update, and /retrieve first
-    editing.update(knowledge, [{"id": "new-1", "label": "positive"}])
+    knowledge.update([{"id": "new-1", "label": "positive"}])
     assert [(r["id"], r["label"]) for r in served.post("edited/retrieve", {"inputs": QUERY, "k": 1}).json()] == [("new-1", "positive")]
     changed = asked(served)
     assert scores(changed["predict"])["negative"] < scores(after["predict"])["negative"] - 0.02
@@ -425,23 +424,23 @@ def test_running_server_sees_edits_at_once(served: Served) -> None:
     assert store_of(served) == {"rows": rows + 1, "version": version + 2}
 
     # delete, and /info first
-    editing.delete(knowledge, ["new-1"])
+    knowledge.delete(["new-1"])
     assert store_of(served) == {"rows": rows, "version": version + 3}
     assert asked(served) == close_to(before)
     assert unknown.status_code == 422 and "new-1" not in unknown.text
 
 
 def test_deleted_row_neither_votes_nor_is_found(served: Served) -> None:
-    knowledge = Knowledge(served.edited)
-    row = knowledge.row(knowledge.find(["train-000006"])["train-000006"])
+    knowledge = Knowledge.open(served.edited)
+    row = knowledge.view.row(knowledge.view.find(["train-000006"])["train-000006"])
     body = {"inputs": "a dull film", "k": 100, "mode": "hybrid"}
     before = served.post("edited/retrieve", body).json()
-    editing.delete(knowledge, ["train-000006"])
+    knowledge.delete(["train-000006"])
     try:
         after = served.post("edited/retrieve", body).json()
         shown = served.post("edited/explain", {"inputs": "a dull film"}).json()
     finally:
-        editing.add(knowledge, [{k: row[k] for k in ("id", "text", "teacher_probs")}])
+        knowledge.add([{k: row[k] for k in ("id", "text", "teacher_probs")}])
     for side in ("dense", "lexical"):
         assert before[side][0]["id"] == "train-000006"
         assert [r["id"] for r in after[side]] == [r["id"] for r in before[side]][1:]
@@ -451,18 +450,16 @@ def test_deleted_row_neither_votes_nor_is_found(served: Served) -> None:
 
 
 def test_compaction_under_a_running_server_changes_no_answer(served: Served) -> None:
-    knowledge = Knowledge(served.edited)
-    editing.add(
-        knowledge, [{"id": "new-2", "text": QUERY, "label": "negative"}, {"id": "new-3", "text": "never cold", "label": "positive"}]
-    )
-    editing.delete(knowledge, ["new-3"])
+    knowledge = Knowledge.open(served.edited)
+    knowledge.add([{"id": "new-2", "text": QUERY, "label": "negative"}, {"id": "new-3", "text": "never cold", "label": "positive"}])
+    knowledge.delete(["new-3"])
     before, store = asked(served), store_of(served)
     state = compact(served.edited)
     assert state is not None and state.edits == []
     assert store_of(served) == {"rows": store["rows"], "version": store["version"] + 1}
     assert asked(served) == close_to(before)
     # It is edited on, and the edit is seen.
-    editing.delete(Knowledge(served.edited), ["new-2"])
+    Knowledge.open(served.edited).delete(["new-2"])
     ids = [r["id"] for r in asked(served)["retrieve"]["dense"]]
     assert len(ids) == store["rows"] - 1 and "new-2" not in ids
     assert scores(asked(served)["predict"]) == expected_scores(Predictor.open(served.edited), QUERY)
@@ -471,16 +468,16 @@ def test_compaction_under_a_running_server_changes_no_answer(served: Served) -> 
 @pytest.mark.parametrize("damaged", ["edit", "manifest", "base"])
 def test_damaged_knowledge_is_not_answered_from(served: Served, damaged: str) -> None:
     """Altered before the replica has looked: every request fails, with an id under which the log names the file, until it is mended."""
-    knowledge, code = Knowledge(served.edited), f"new-{damaged}"
+    knowledge, code = Knowledge.open(served.edited), f"new-{damaged}"
     before = asked(served)
-    editing.add(knowledge, [{"id": code, "text": QUERY, "label": "negative"}])
+    knowledge.add([{"id": code, "text": QUERY, "label": "negative"}])
     folder = Path(served.edited.uri) / "knowledge"
     if damaged == "base":
         state = compact(served.edited)
         assert state is not None and state.base is not None
         path, offset = folder / state.base / "index" / "shard-0000.faiss", -1
     else:
-        state = Knowledge(served.edited).state
+        state = Knowledge.open(served.edited).view.log
         assert state is not None
         path, offset = (folder / "manifest.json", -3) if damaged == "manifest" else (folder / state.edits[-1]["file"], 40)
     whole = path.read_bytes()
@@ -502,7 +499,7 @@ def test_damaged_knowledge_is_not_answered_from(served: Served, damaged: str) ->
     finally:
         path.write_bytes(whole)
     assert asked(served)["retrieve"]["dense"][0]["id"] == code  # the mended file is read without a restart
-    editing.delete(Knowledge(served.edited), [code])
+    Knowledge.open(served.edited).delete([code])
     assert asked(served) == close_to(before)
 
 

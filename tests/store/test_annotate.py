@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.annotate import CHUNK, AnnotateConfig, has_text, key, reject_reason, sources, store_schema
+from retrikt_ray.store.annotate import CHUNK, AnnotateConfig, has_text, key, reject_reason, sources
 
 
 def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:
@@ -131,27 +131,6 @@ def test_the_first_reason_counts() -> None:
 
 
 # -- the store's shape -------------------------------------------------------------------------------------------------
-
-
-def test_store_schema() -> None:
-    schema = store_schema(3)
-    assert [f"{f.name}: {f.type}" for f in schema] == [
-        "id: string",
-        "text: string",
-        "text_pair: string",
-        "asked_label: string",
-        "condition: int32",
-        "value: double",
-        f"teacher_probs: {pa.list_(pa.float32())}",
-        f"teacher_embedding: {pa.list_(pa.float32(), 3)}",
-        "source: string",
-        "created_by: string",
-    ]
-    assert schema.field("teacher_embedding").type.list_size == 3
-    good = {"id": "a", "text": "t", "teacher_probs": [0.5], "teacher_embedding": [1, 2, 3]}
-    assert pa.Table.from_pylist([good], schema=schema).num_rows == 1
-    with pytest.raises(pa.ArrowInvalid):
-        pa.Table.from_pylist([good | {"teacher_embedding": [1, 2]}], schema=schema)
 
 
 def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: Any) -> None:

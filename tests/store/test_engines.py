@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from retrikt_ray.store.engines import TransformersEngine, VllmEngine
-from retrikt_ray.store.generate import GenerateConfig
+from retrikt_ray.store.engines import Sampling, TransformersEngine, VllmEngine
 from retrikt_ray.teacher import lm
 
 TEMPLATES = ["positive: ", "a much longer label: "]
@@ -22,7 +21,7 @@ def soft() -> torch.Tensor:
 
 
 def test_a_text_depends_on_its_condition_and_seed_alone(tiny_lm: str, soft: torch.Tensor) -> None:
-    engine = TransformersEngine(tiny_lm, "float32", soft, TEMPLATES, 10, GenerateConfig(top_k=20))
+    engine = TransformersEngine(tiny_lm, "float32", soft, TEMPLATES, 10, Sampling(0.9, 20, 1.0))
     together = engine.generate([0, 1, 0, 1], [5, 6, 7, 8])
     assert engine.generate([1], [6]) == [together[1]] and engine.generate([0], [7]) == [together[2]]
     assert len({g.text for g in together}) == 4 and all(1 <= g.tokens <= 10 for g in together)
@@ -45,7 +44,7 @@ def test_what_the_vllm_engine_asks_for(tiny_lm: str, soft: torch.Tensor, monkeyp
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, types.SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engine = VllmEngine(tiny_lm, "auto", soft, TEMPLATES, 10, GenerateConfig(temperature=0.7, top_k=0, top_p=0.9))
+    engine = VllmEngine(tiny_lm, "auto", soft, TEMPLATES, 10, Sampling(0.7, 0, 0.9))
     seeds = [2**64 - 2, 3]
     found = engine.generate([1, 0], seeds)
     assert [(g.text, g.tokens, g.finished) for g in found] == [("hello", 3, True), ("cut", 10, False)]

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from retrikt_ray.student import inherit
-from retrikt_ray.student.inherit import count_tokens, new_student, reduce, size_for, token_vectors
-from retrikt_ray.student.model import Student, StudentConfig, StudentModel
-from retrikt_ray.teacher.annotator import Classifier, Text
+from retrikt_ray.student import kinds
+from retrikt_ray.student.inherit import count_tokens, new_student, pretrained_student, reduce, token_vectors
+from retrikt_ray.student.kinds import Static, StudentConfig
+from retrikt_ray.student.model import Student, StudentModel
+from retrikt_ray.task.texts import Text
+from retrikt_ray.teacher.annotator import Annotator
 
 TEXTS: list[Text] = [
     ("a fine film", None),
@@ -39,13 +41,13 @@ def hand_model(pair: bool = False, outputs: int = 2) -> StudentModel:
 
 
 def test_average_is_weighted_by_importance_and_mask() -> None:
-    got = hand_model().average(torch.tensor([[1, 2, 0], [2, 2, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    got = Static.average(hand_model(), torch.tensor([[1, 2, 0], [2, 2, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
     # (1 (4, 0) + 3 (0, -4)) / 4, and row 2 alone
     assert_close(got, torch.tensor([[1.0, -3.0], [0.0, -4.0]]), rtol=0, atol=1e-6)
 
 
 def test_average_of_nothing_is_zero() -> None:
-    assert hand_model().average(torch.tensor([[1, 2]]), torch.tensor([[0, 0]])).tolist() == [[0.0, 0.0]]
+    assert Static.average(hand_model(), torch.tensor([[1, 2]]), torch.tensor([[0, 0]])).tolist() == [[0.0, 0.0]]
 
 
 def test_tokens_are_mapped_and_the_head_reads_the_vector() -> None:
@@ -70,19 +72,19 @@ def test_pair_features() -> None:
     assert model.head.weight.shape == (2, 8)
 
 
-def teacher_of(folder: str, lm: str = "", outputs: int = 3) -> Classifier:
+def teacher_of(folder: str, lm: str = "", outputs: int = 3) -> Annotator:
     """An annotator with random weights: an encoder from `folder`, or with `lm` the LM itself, fine-tuned."""
     torch.manual_seed(2)
-    return Classifier.start("base" if lm else folder, lm, "auto", outputs, 0, 16).eval()
+    return Annotator.start("base" if lm else folder, lm, "auto", outputs, 0, 16).eval()
 
 
 @pytest.fixture
-def encoder(tiny_encoder: str) -> Classifier:
+def encoder(tiny_encoder: str) -> Annotator:
     return teacher_of(tiny_encoder)
 
 
 @pytest.fixture
-def lm(tiny_lm: str) -> Classifier:
+def lm(tiny_lm: str) -> Annotator:
     return teacher_of("", tiny_lm)
 
 
@@ -100,15 +102,8 @@ def test_answers_depend_on_no_batch_and_survive_the_folder(
     kind: str, teacher: str, pair: bool, request: pytest.FixtureRequest, tiny_encoder: str, tmp_path: Path
 ) -> None:
     texts = PAIRS if pair else TEXTS
-    made = new_student(
-        "transformer" if kind == "pretrained" else kind,
-        request.getfixturevalue(teacher),
-        texts,
-        5000,
-        1,
-        pair,
-        tiny_encoder if kind == "pretrained" else None,
-    )
+    labels = request.getfixturevalue(teacher)
+    made = pretrained_student(tiny_encoder, labels, pair) if kind == "pretrained" else new_student(kind, labels, texts, 5000, 1, pair)
     student = randomised(made)
     student.model.train()  # no dropout in answers, whatever went before
     answers, vectors = student.encode(texts)
@@ -131,8 +126,8 @@ def test_answers_depend_on_no_batch_and_survive_the_folder(
     assert not list(tmp_path.glob("*.bin"))
 
 
-def test_texts_are_cut_per_text(encoder: Classifier) -> None:
-    student = new_student("static", encoder, PAIRS, 5000, 1, True, None)
+def test_texts_are_cut_per_text(encoder: Annotator) -> None:
+    student = new_student("static", encoder, PAIRS, 5000, 1, True)
     student.model.config.max_tokens = 4
     tensors = student.tensors([("a fine film " * 9, "dull"), ("warm", "cold " * 9)])
     assert {n: x.tolist() for n, x in tensors.items() if "mask" in n} == {
@@ -146,7 +141,7 @@ def test_values_are_scaled_back(tiny_encoder: str) -> None:
     teacher = teacher_of(tiny_encoder, outputs=1)
     teacher.shift.fill_(10.0)
     teacher.scale.fill_(0.5)
-    student = new_student("static", teacher, TEXTS, 5000, 1, False, None)
+    student = new_student("static", teacher, TEXTS, 5000, 1, False)
     with torch.no_grad():
         student.model.head.weight.zero_()
         student.model.head.bias.fill_(2.0)
@@ -157,12 +152,12 @@ def test_a_pretrained_student_of_a_regressor_is_standardised_too(tiny_encoder: s
     teacher = teacher_of(tiny_encoder, outputs=1)
     teacher.shift.fill_(10.0)
     teacher.scale.fill_(0.5)
-    student = new_student("transformer", teacher, TEXTS, 5000, 1, False, tiny_encoder)
+    student = pretrained_student(tiny_encoder, teacher, False)
     assert (student.model.shift.item(), student.model.scale.item()) == (10.0, 0.5)
 
 
-def test_a_pretrained_student_has_the_encoders_weights(encoder: Classifier, tiny_encoder: str) -> None:
-    student = new_student("transformer", encoder, TEXTS, 1, 1, False, tiny_encoder)
+def test_a_pretrained_student_has_the_encoders_weights(encoder: Annotator, tiny_encoder: str) -> None:
+    student = pretrained_student(tiny_encoder, encoder, False)
     batch = student.tensors(TEXTS)
     with torch.no_grad():
         states = AutoModel.from_pretrained(tiny_encoder)(input_ids=batch["ids"], attention_mask=batch["mask"]).last_hidden_state
@@ -181,30 +176,30 @@ def static_size(dim: int, vocabulary: int, outputs: int, pair: bool) -> int:
 
 def test_size_for_by_hand() -> None:
     # sqrt(131072 / 128) = 32: dim 32; head 2 * 33 = 66; (131072 - 66) // 33 = 3969 tokens.
-    assert size_for(131072, 100_000, 2, False) == (32, 3969)
+    assert Static.size(131072, 100_000, 2, False) == (32, 3969)
     # With 1000 tokens the rest goes into dimension: (131072 - 1000 - 2) / (1000 + 2) = 129.8.
-    assert size_for(131072, 1000, 2, False) == (129, 1000)
+    assert Static.size(131072, 1000, 2, False) == (129, 1000)
     # A pair's head is four times as wide: 2 * (4 * 32 + 1) = 258; (131072 - 258) // 33 = 3964.
-    assert size_for(131072, 100_000, 2, True) == (32, 3964)
-    assert size_for(10, 100_000, 2, False) == (8, 256)  # the floor
-    assert size_for(10**9, 1000, 2, False) == (256, 1000)  # the ceiling
+    assert Static.size(131072, 100_000, 2, True) == (32, 3964)
+    assert Static.size(10, 100_000, 2, False) == (8, 256)  # the floor
+    assert Static.size(10**9, 1000, 2, False) == (256, 1000)  # the ceiling
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(2502, 10**7), st.integers(2, 60_000), st.integers(1, 6), st.booleans())
 def test_size_for_stays_within_budget(budget: int, tokens: int, outputs: int, pair: bool) -> None:
     """From 2,502 parameters on, 256 tokens of 8 dimensions and the widest head here fit: 256 * 9 + 6 * (8 * 4 + 1)."""
-    dim, vocabulary = size_for(budget, tokens, outputs, pair)
+    dim, vocabulary = Static.size(budget, tokens, outputs, pair)
     size = vocabulary * (dim + 1) + outputs * (dim * (4 if pair else 1) + 1)
     assert size <= budget
     assert 8 <= dim <= 256 and 1 <= vocabulary <= tokens
-    if dim < 256 and vocabulary < tokens and vocabulary > inherit.MIN_TOKENS:
+    if dim < 256 and vocabulary < tokens and vocabulary > kinds.MIN_TOKENS:
         assert size + dim + 1 > budget  # not one more token would fit
 
 
 def test_size_for_counts_as_the_model_does() -> None:
     for outputs, pair in ((2, False), (1, True)):
-        dim, vocabulary = size_for(50_000, 10_000, outputs, pair)
+        dim, vocabulary = Static.size(50_000, 10_000, outputs, pair)
         assert 50_000 - (dim + 1) < static_size(dim, vocabulary, outputs, pair) <= 50_000
 
 
@@ -230,7 +225,7 @@ def test_reduce_fixes_the_sign_of_an_axis(axis: tuple[float, float], flip: int) 
     assert_close(reduce(torch.stack([direction, -direction]), 1), torch.tensor([[1.0], [-1.0]]) * flip, rtol=0, atol=1e-6)
 
 
-def test_count_tokens(encoder: Classifier) -> None:
+def test_count_tokens(encoder: Annotator) -> None:
     counts = count_tokens(encoder.tokenizer, [("a film", "a play"), ("a", None)])
     name = encoder.tokenizer.convert_ids_to_tokens
     assert {name(t): n for t, n in counts.items()} == {"[CLS]": 3, "[SEP]": 3, "a": 3, "film": 1, "play": 1}
@@ -248,12 +243,12 @@ def test_a_token_vector_is_the_teachers_of_that_token_alone(teacher: str, reques
     assert_close(got[keep], model.annotate(spelled)[1], rtol=0, atol=1e-5)
 
 
-def test_a_static_student_starts_from_its_teacher(encoder: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inherit, "MIN_TOKENS", 4)
+def test_a_static_student_starts_from_its_teacher(encoder: Annotator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "MIN_TOKENS", 4)
     texts: list[Text] = [("a a a film film play", None), ("a film film [UNK]", None)]
     # Tokens: a 4, film 4, [CLS] 2, [SEP] 2, play 1, [UNK] 1. The budget asks for 4 rows: unknown and the 3 commonest,
     # ties by id: [CLS] (2) comes before [SEP] (3).
-    student = new_student("static", encoder, texts, 8 * 4 + 4 + 3 * 9, 1, False, None)
+    student = new_student("static", encoder, texts, 8 * 4 + 4 + 3 * 9, 1, False)
     model, ids = student.model, encoder.tokenizer.convert_tokens_to_ids
     assert (model.config.dim, model.config.vocabulary) == (8, 4)
     kept = sorted([ids("a"), ids("film"), ids("[CLS]")])
@@ -266,8 +261,8 @@ def test_a_static_student_starts_from_its_teacher(encoder: Classifier, monkeypat
     assert_close(model.importance.weight[:, 0].detach(), torch.tensor(want), rtol=0, atol=1e-5)
 
 
-def test_a_transformer_student_starts_from_its_teacher(lm: Classifier) -> None:
-    student = new_student("transformer", lm, TEXTS, 40_000, 2, False, None)
+def test_a_transformer_student_starts_from_its_teacher(lm: Annotator) -> None:
+    student = new_student("transformer", lm, TEXTS, 40_000, 2, False)
     config, counts = student.model.config, count_tokens(lm.tokenizer, TEXTS)
     # dim = 32 int(sqrt(40000 / 3 / 24) / 32) = 32 * 0, floored at 32.
     assert (config.kind, config.dim, config.layers, config.vocabulary) == ("transformer", 32, 2, len(counts) + 1)
@@ -277,15 +272,15 @@ def test_a_transformer_student_starts_from_its_teacher(lm: Classifier) -> None:
     assert_close(table[1:].detach(), 0.5 * reduce(token_vectors(lm, sorted(counts)), 32), rtol=0, atol=1e-5)
 
 
-def test_a_transformer_student_grows_with_its_budget(lm: Classifier) -> None:
+def test_a_transformer_student_grows_with_its_budget(lm: Annotator) -> None:
     # sqrt(400000 / 3 / 24) / 32 = 2.3 heads of 32: dim 64.
-    student = new_student("transformer", lm, TEXTS, 400_000, 2, False, None)
+    student = new_student("transformer", lm, TEXTS, 400_000, 2, False)
     assert student.model.config.dim == 64 and student.model.backbone.config.num_attention_heads == 2
     assert student.model.parameter_count <= 400_000
 
 
-def test_a_static_student_of_a_pair_task(lm: Classifier) -> None:
-    student = new_student("static", lm, PAIRS, 3000, 1, True, None)
+def test_a_static_student_of_a_pair_task(lm: Annotator) -> None:
+    student = new_student("static", lm, PAIRS, 3000, 1, True)
     rows, config = len(count_tokens(lm.tokenizer, PAIRS)) + 1, student.model.config
     assert config.pair and config.vocabulary == rows
     assert config.dim == int((3000 - rows - 3) / (rows + 12))  # what the tokens leave over, 3 outputs, four-fold head

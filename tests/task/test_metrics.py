@@ -81,3 +81,10 @@ def test_reliability() -> None:
     low, high = {"confidence": 0.55, "accuracy": 1.0, "count": 1}, {"confidence": 2.84 / 3, "accuracy": 2 / 3, "count": 3}
     assert rows == [pytest.approx(low, abs=1e-12), pytest.approx(high, abs=1e-12)]
     assert error == pytest.approx((1 * 0.45 + 3 * (2.84 / 3 - 2 / 3)) / 4, abs=1e-12)
+
+
+def test_loss() -> None:
+    answers = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
+    want = -(math.log(0.75) + math.log(0.5) + math.log(1e-6)) / 3  # a probability of 0 is floored at 1e-6
+    assert metrics.loss(np.array([1.0, 0.0, 1.0]), answers) == pytest.approx(want, abs=1e-12)
+    assert metrics.loss(np.array([1.0, 4.0]), np.array([[2.0], [1.0]])) == pytest.approx((1 + 9) / 2, abs=1e-12)

@@ -14,8 +14,9 @@ import pytest
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.task.files import Columns, DataError, check_rows, find_splits, read_rows, tidy
+from retrikt_ray.task.files import Columns, check_rows, find_splits, read_rows
 from retrikt_ray.task.prepare import PrepareConfig, bin_of, prepare, quantile_bins, sample, source_digest
+from retrikt_ray.task.texts import DataError
 
 ROWS = [{"text": f"text {i}", "label": "good" if i % 2 else "bad"} for i in range(40)]
 
@@ -116,12 +117,8 @@ def test_splits_and_their_other_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"valid\.csv and dev\.tsv both look like the validation split"):
         find_splits(str(tmp_path))
 
+    # -- rows --------------------------------------------------------------------------------------------------------------
 
-# -- rows --------------------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_tidied() -> None:
-    assert tidy(" a\n fine\t\u00a0film ") == "a fine film"
     rows = [{"body": " a \n film ", "stars": 4, "other": None}]
     assert check_rows(rows, Columns("body", None, "stars"), "x") == [{"text": "a film", "text_pair": None, "label": "4"}]
 
@@ -132,7 +129,7 @@ def test_rows_are_tidied() -> None:
         ({"body": "x", "label": "a"}, "x.csv, row 2: no column 'text'; the row has body, label"),
         ({"text": "x"}, "x.csv, row 2: no column 'label'; the row has text"),
         ({"text": "x", "label": None}, "x.csv, row 2: no column 'label'"),
-        ({"text": " \n", "label": "a"}, "x.csv, row 2: the text is empty"),
+        ({"text": " \n", "label": "a"}, "x.csv, row 2: text is empty"),
         ({"text": "x", "label": " "}, "x.csv, row 2: the label is empty"),
     ],
 )
@@ -143,7 +140,7 @@ def test_rows_that_cannot_be_used(row: dict[str, Any], words: str) -> None:
 
 
 def test_pairs_lack_no_side() -> None:
-    with pytest.raises(DataError, match="row 1: the text_pair is empty"):
+    with pytest.raises(DataError, match="row 1: b is empty"):
         check_rows([{"text": "x", "b": " ", "label": "a"}], Columns("text", "b", "label"), "x")
     with pytest.raises(DataError, match="x: no rows"):
         check_rows([], Columns("text", None, "label"), "x")

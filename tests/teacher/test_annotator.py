@@ -11,7 +11,8 @@ from torch.nn.functional import layer_norm
 from torch.testing import assert_close
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.teacher.annotator import Classifier, Text, is_lm, max_pool, mean_pool
+from retrikt_ray.task.texts import Text
+from retrikt_ray.teacher.annotator import Annotator, is_lm, max_pool, mean_pool
 
 TEXTS: list[Text] = [
     ("a fine film", None),
@@ -32,10 +33,10 @@ def kind(request: pytest.FixtureRequest) -> str:
 def start(tiny_lm: str, tiny_encoder: str):
     """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config."""
 
-    def make(kind: str, outputs: int = 3, max_tokens: int = 16) -> tuple[Classifier, str]:
+    def make(kind: str, outputs: int = 3, max_tokens: int = 16) -> tuple[Annotator, str]:
         torch.manual_seed(4)
         name = tiny_encoder if kind == "encoder" else kind
-        model = Classifier.start(name, tiny_lm, "auto", outputs, 5, max_tokens)
+        model = Annotator.start(name, tiny_lm, "auto", outputs, 5, max_tokens)
         torch.nn.init.normal_(model.head.weight, std=0.1)
         torch.nn.init.normal_(model.head.bias)
         if model.soft is not None:
@@ -189,10 +190,10 @@ def test_save_and_load(start, kind: str, where: str, tmp_path: Path, tiny_lm: st
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     folder = Folder.at(tmp_path / "teacher") if where == "disk" else Folder.at(f"memory://{tmp_path}/teacher")
     model.save(folder, name, tiny_lm, "auto")
-    again = Classifier.load(folder)
+    again = Annotator.load(folder)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
-    assert again.max_tokens == 16 and again.parameters_in_all == model.parameters_in_all
+    assert again.max_tokens == 16 and again.parameter_count == model.parameter_count
     has_backbone = any(n.startswith("classifier/backbone/") for n in folder.files())
     assert has_backbone == (kind != "prompt")  # a frozen backbone is not written again
     assert not any(n.endswith((".bin", ".pt", ".pkl")) for n in folder.files())
@@ -202,11 +203,11 @@ def test_a_fitted_temperature_is_loaded(start, tmp_path: Path, tiny_lm: str) -> 
     model, name = start("encoder")
     folder = Folder.at(tmp_path)
     model.save(folder, name, tiny_lm, "auto")
-    assert Classifier.load(folder).temperature == 1.0
+    assert Annotator.load(folder).temperature == 1.0
     card = (folder / "classifier").read_json("classifier.json")
     (folder / "classifier").write_json("classifier.json", card | {"temperature": 2.5})  # as the stage does after validation
     model.temperature = 2.5
-    assert_close(Classifier.load(folder).annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
+    assert_close(Annotator.load(folder).annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
 
 
 def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> None:
@@ -215,6 +216,6 @@ def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> No
     model.scale.fill_(1.5)
     folder = Folder.at(tmp_path)
     model.save(folder, name, tiny_lm, "auto")
-    again = Classifier.load(folder)
+    again = Annotator.load(folder)
     assert (again.shift.item(), again.scale.item()) == (2.5, 1.5)
     assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)

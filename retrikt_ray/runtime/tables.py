@@ -1,0 +1,59 @@
+"""Tables in Parquet files, whatever their columns: read a row group at a time, and columns of lists as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table in Parquet files, cut into row groups."""
+
+    folder: Folder
+    groups: tuple[tuple[str, int, int, int], ...]  # (file, row group in it, position of its first row, rows)
+
+    @staticmethod
+    def of(folder: Folder, prefix: str = "part-") -> Source:
+        """All files whose names start with `prefix`, in the order of their names. Reads their footers only."""
+        groups, first = [], 0
+        for name in folder.files():
+            if name.startswith(prefix) and name.endswith(".parquet"):
+                with folder.parquet(name) as file:
+                    for i in range(file.num_row_groups):
+                        rows = file.metadata.row_group(i).num_rows
+                        groups.append((name, i, first, rows))
+                        first += rows
+        if not groups:
+            raise ArtifactError(f"{folder} holds no {prefix}*.parquet with rows")
+        return Source(folder, tuple(groups))
+
+    @property
+    def rows(self) -> int:
+        return self.groups[-1][2] + self.groups[-1][3]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns, as the first file has them."""
+        with self.folder.parquet(self.groups[0][0]) as file:
+            return file.schema_arrow
+
+    def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
+        """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
+        for name, group, first, rows in self.groups:
+            begin, end = max(low - first, 0), min(high - first, rows)
+            if begin < end:
+                with self.folder.parquet(name) as file:
+                    yield first + begin, file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+
+
+def matrix(column: Any) -> np.ndarray:
+    """A column of equally long lists as (n, C) float32."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)

@@ -1,0 +1,190 @@
+"""Fitting a student to rows with soft labels: the config, the rows, and the training that `distill` and the student baselines share.
+
+Four losses: KD to the teacher's soft labels, the relation of the batch's embeddings, the label that neighbours would vote for, and the
+true labels of the task rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.runtime.tables import matrix
+from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from retrikt_ray.runtime.training import Solo
+    from retrikt_ray.student.model import Student
+
+HEAD_RATE = 3.0  # learning rate of the head, as a multiple of the body's: it starts from nothing, the body from the teacher
+LOOKS = 16  # times that a training looks at validation
+MIN_STEPS = 300
+
+
+class DistillConfig(Scaled):
+    """The student and its training."""
+
+    kind: Literal["static", "transformer"] = Field("static", description="static: averaged token embeddings; transformer: a small BERT.")
+    size: float = Field(0.01, gt=0, le=1, description="Parameters of the student as a share of the annotator's.")
+    layers: int = Field(2, ge=1, description="Layers of a transformer student.")
+    model: str | None = Field(
+        None,
+        description="Pre-trained encoder (folder or hub id) as a transformer student, whatever its size; `size` and `layers` do not apply.",
+    )
+    epochs: int = Field(
+        30, ge=1, description="Passes over the store, but never fewer than 300 steps; the best of 16 looks at validation is kept."
+    )
+    batch: int = Field(128, ge=4, description="Rows per step, over all workers.")
+    learning_rate: float = Field(
+        0, ge=0, description="Peak learning rate. 0: 5e-3 for static, 1e-3 for transformer, 5e-5 for a pre-trained model."
+    )
+    kd: float = Field(1.0, ge=0, description="Weight of the KD loss.")
+    relation: float = Field(0.3, ge=0, description="Weight of the relation loss.")
+    retrieval: float = Field(1.0, ge=0, description="Weight of the retrieval loss.")
+    labels: float = Field(0.5, ge=0, description="Weight of the true labels of the task rows.")
+    tau: float = Field(0.05, gt=0, description="Temperature of similarities in the relation and retrieval losses.")
+    token_dropout: float = Field(0.1, ge=0, lt=1, description="Share of a text's tokens that a training step hides from a static student.")
+
+
+@dataclass
+class Rows:
+    """Training rows as arrays."""
+
+    texts: list[Text]
+    teacher: torch.Tensor  # (N, C) probabilities, or (N, 1) values
+    embeddings: torch.Tensor | None  # (N, D) the teacher's, or None: no relation loss
+    truth: torch.Tensor  # (N,) true class id or value; NaN where unknown
+
+    def take(self, index: list[int]) -> Rows:
+        return Rows(
+            [self.texts[i] for i in index],
+            self.teacher[index],
+            None if self.embeddings is None else self.embeddings[index],
+            self.truth[index],
+        )
+
+
+def load_validation(task: Folder) -> Rows:
+    """The validation rows of a task; the teacher says nothing of them."""
+    import torch
+
+    table = task.read_table("validation.parquet")
+    truth = torch.tensor(table["value"].to_pylist(), dtype=torch.float32)
+    return Rows(texts_of(table), truth[:, None], None, truth)
+
+
+def load_rows(store: Folder) -> Rows:
+    """The rows of a store."""
+    import torch
+
+    table = store.read_tables(columns=[*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value"])
+    truth = [float("nan") if v is None else v for v in table["value"].to_pylist()]
+    teacher, embeddings = (torch.from_numpy(matrix(table[name])) for name in ("teacher_probs", "teacher_embedding"))
+    return Rows(texts_of(table), teacher, embeddings, torch.tensor(truth, dtype=torch.float32))
+
+
+def fit(
+    student: Student,
+    rows: Rows,
+    validation: Rows,
+    config: DistillConfig,
+    seed: int,
+    session_of: Callable[[torch.optim.Optimizer, dict[str, torch.Tensor], int], Solo],
+) -> Solo:
+    """Train the student in place, and leave it with the weights that had the smallest loss on validation's true labels.
+
+    session_of(optimizer, tensors to checkpoint, steps) makes the training's session, which is returned.
+    """
+    import torch
+
+    from retrikt_ray.runtime import training
+
+    model = student.model
+    rate = config.learning_rate or model.kind.rate
+    head = list(model.head.parameters())
+    body = [p for n, p in model.named_parameters() if not n.startswith("head.")]
+    optimizer = torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE * rate}], weight_decay=0.01)
+    per_epoch = -(-len(rows.texts) // config.batch)
+    epochs = max(config.epochs, -(-MIN_STEPS // per_epoch))
+    batches = list(training.epoch_batches(len(rows.texts), config.batch, epochs, seed))
+    best = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    best_loss = torch.tensor(float("inf"), dtype=torch.float64)
+    tensors = dict(model.state_dict(keep_vars=True)) | {f"best.{k}": v for k, v in best.items()} | {"best_loss": best_loss}
+    session = session_of(optimizer, tensors, len(batches))
+    every = max(1, len(batches) // LOOKS)
+
+    def keep_best(steps: int) -> None:
+        if steps % every and steps != len(batches):
+            return
+        now = validation_loss(student, validation)
+        if now < best_loss.item():
+            best_loss.fill_(now)
+            for k, v in model.state_dict().items():
+                best[k].copy_(v)
+
+    training.run(session, batches, distillation(student, rows, config), keep_best)
+    model.load_state_dict(best)
+    model.eval()
+    return session
+
+
+def distillation(student: Student, rows: Rows, config: DistillConfig) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
+    """The loss of some of the rows, as `training.run` asks for it."""
+    import torch
+    from torch.nn.functional import cross_entropy, mse_loss
+
+    from retrikt_ray.student import losses
+
+    model, device = student.model, student.model.head.weight.device
+    regression = model.config.outputs == 1
+    teacher, truth = rows.teacher.to(device), rows.truth.to(device)
+    if regression:  # the student's outputs are standardised
+        teacher, truth = (teacher - model.shift) / model.scale, (truth - model.shift) / model.scale
+
+    def loss_of(_: int, index: list[int]) -> tuple[torch.Tensor, str]:
+        model.train()
+        inputs = student.tensors([rows.texts[i] for i in index])
+        if model.kind.token_dropout and config.token_dropout:
+            for name in [n for n in inputs if n.endswith("mask")]:
+                inputs[name] = inputs[name] * (torch.rand(inputs[name].shape, device=device) >= config.token_dropout)
+        logits, vectors = model(**inputs)
+        loss = config.kd * losses.kd(logits, teacher[index])
+        if len(index) > 1 and config.retrieval:
+            loss = loss + config.retrieval * losses.retrieval(vectors, teacher[index], config.tau)
+        if len(index) > 1 and config.relation and rows.embeddings is not None:
+            loss = loss + config.relation * losses.relation(vectors, rows.embeddings[index].to(device), config.tau)
+        known = ~torch.isnan(truth[index])
+        if config.labels and known.any():
+            target = truth[index][known]
+            own = mse_loss(logits[known][:, 0], target) if regression else cross_entropy(logits[known], target.long())
+            loss = loss + config.labels * known.float().mean() * own
+        return loss, f"loss {loss.item():.3f}"
+
+    return loss_of
+
+
+def validation_loss(student: Student, validation: Rows) -> float:
+    """The student's own loss on the true labels of validation, as the mixture's."""
+    from retrikt_ray.task.metrics import loss
+
+    return loss(validation.truth.numpy(), student.encode(validation.texts)[0].numpy())
+
+
+def untrained(config: DistillConfig, teacher: Folder, rows: Rows, pair: bool, seed: int) -> Student:
+    """The student that this config, teacher and store ask for, before training."""
+    from retrikt_ray.runtime.training import seed_everything
+    from retrikt_ray.student.inherit import new_student, pretrained_student
+    from retrikt_ray.teacher.annotator import Annotator
+
+    seed_everything(seed, "student")
+    annotator = Annotator.load(teacher)
+    if config.model:
+        return pretrained_student(config.model, annotator, pair)
+    return new_student(config.kind, annotator, rows.texts, int(config.size * annotator.parameter_count), config.layers, pair)

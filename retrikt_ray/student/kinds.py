@@ -1,0 +1,187 @@
+"""The kinds of student: each says what a model of its kind is made of, how it reads texts, and how large it may be.
+
+  static       token embeddings with learned weights, averaged; a linear head. Micro-seconds on a CPU.
+  transformer  a small BERT over the same embeddings; mean over tokens; a linear head.
+  pretrained   a pre-trained encoder by path or hub id, whatever its size; mean over tokens; a linear head.
+
+The first two keep the teacher's tokenizer, cut to the tokens that the store uses: `token_map` sends a token of the full tokenizer to its row in
+the student's table, tokens outside it to row 0 (unknown). A new kind is a class here, an entry of KINDS, and its name in `DistillConfig.kind`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig
+
+from retrikt_ray.task.texts import Text, joined
+from retrikt_ray.teacher.annotator import mean_pool
+
+MIN_TOKENS = 256  # a student that knows fewer tokens is not worth having; the budget gives way
+
+
+class StudentConfig(PretrainedConfig):
+    """kind: a name of KINDS; vocabulary: rows of the embedding table; full_vocabulary: ids of the tokenizer."""
+
+    model_type = "retrikt-student"
+
+    def __init__(
+        self,
+        kind: str = "static",
+        vocabulary: int = 2,
+        full_vocabulary: int = 2,
+        dim: int = 8,
+        outputs: int = 2,
+        pair: bool = False,
+        max_tokens: int = 64,
+        layers: int = 2,
+        backbone: dict[str, Any] | None = None,
+        **rest: Any,
+    ) -> None:
+        self.kind, self.vocabulary, self.full_vocabulary, self.dim = kind, vocabulary, full_vocabulary, dim
+        self.outputs, self.pair, self.max_tokens, self.layers, self.backbone = outputs, pair, max_tokens, layers, backbone
+        super().__init__(**rest)
+
+
+def tokenized(tokenizer: Any, first: list[str], second: list[str] | None, max_tokens: int, special: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, right-padded, (B, T) each."""
+    out = tokenizer(first, second, padding=True, truncation=True, max_length=max_tokens, add_special_tokens=special, return_tensors="pt")
+    return out["input_ids"].long(), out["attention_mask"]
+
+
+class Static:
+    """Importance-weighted mean of token embeddings; of a pair the two means, their distance and their product."""
+
+    rate = 5e-3  # peak learning rate
+    token_dropout = True  # whether hiding tokens in training makes sense: an average does without some of them
+
+    def __init__(self, config: StudentConfig) -> None:
+        self.config = config
+
+    def parts(self) -> tuple[dict[str, nn.Module], int]:
+        """The model's own modules by name, and the width of its vector."""
+        c = self.config
+        return {"embedding": nn.Embedding(c.vocabulary, c.dim), "importance": nn.Embedding(c.vocabulary, 1)}, c.dim * (4 if c.pair else 1)
+
+    def read(self, tokenizer: Any, texts: list[Text]) -> dict[str, Tensor]:
+        """What `vector` takes, as keyword arguments: the texts of a pair apart."""
+        sides = {"": [t for t, _ in texts]} | ({"pair_": [p or "" for _, p in texts]} if self.config.pair else {})
+        found = {}
+        for name, some in sides.items():
+            found[f"{name}ids"], found[f"{name}mask"] = tokenized(tokenizer, some, None, self.config.max_tokens, special=False)
+        return found
+
+    def vector(self, model: Any, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> Tensor:
+        """ids, mask: (B, T), ids of the full tokenizer -> (B, width)."""
+        a = self.average(model, model.token_map[ids].long(), mask)
+        if pair_ids is None or pair_mask is None:
+            return a
+        b = self.average(model, model.token_map[pair_ids].long(), pair_mask)
+        return torch.cat([a, b, (a - b).abs(), a * b], -1)
+
+    @staticmethod
+    def average(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Importance-weighted mean of token embeddings; importance is exp of a learned number. (B, T) -> (B, dim)
+
+        Summed token by token, so that a text's vector is the same to the last bit whatever it is padded to: an index that is built anew, with
+        other texts side by side, must be the same index.
+        """
+        weights = torch.exp(model.importance(ids)[..., 0]) * mask
+        total = torch.cumsum(weights, 1)[:, -1:].clamp(min=1e-6)
+        return embedding_bag(ids, model.embedding.weight, per_sample_weights=weights, mode="sum") / total
+
+    @staticmethod
+    def size(budget: int, tokens: int, outputs: int, pair: bool, **_: int) -> tuple[int, int]:
+        """(dim, vocabulary) of a student of about `budget` parameters, `tokens` being the tokens there are.
+
+        Dimension grows with the square root of budget / 128, between 8 and 256; the rest goes into tokens. What tokens leave over goes back
+        into dimension.
+        """
+        dim = min(256, max(8, 8 * round(math.sqrt(budget / 128) / 8)))
+        head = outputs * (dim * (4 if pair else 1) + 1)
+        vocabulary = max(MIN_TOKENS, (budget - head) // (dim + 1))
+        if vocabulary > tokens:
+            vocabulary = tokens
+            dim = max(8, min(256, int((budget - vocabulary - outputs) / (vocabulary + outputs * (4 if pair else 1)))))
+        return dim, int(vocabulary)
+
+    @staticmethod
+    def inherit(model: Any, vectors: Tensor, frequency: Tensor) -> None:
+        """Start from the teacher's token vectors (V - 1, dim) and the tokens' relative frequency (V - 1,); row 0 stays zero.
+
+        Importance starts as smooth inverse frequency (Arora et al. 2017): log of a / (a + p), a = 1e-3.
+        """
+        model.embedding.weight.zero_()
+        model.embedding.weight[1:] = vectors
+        model.importance.weight.fill_(math.log(0.1))
+        model.importance.weight[1:, 0] = torch.log(1e-3 / (1e-3 + frequency))
+
+
+class Transformer:
+    """A small BERT over the cut vocabulary."""
+
+    rate = 1e-3
+    token_dropout = False
+
+    def __init__(self, config: StudentConfig) -> None:
+        self.config = config
+
+    def parts(self) -> tuple[dict[str, nn.Module], int]:
+        c = self.config
+        backbone = BertConfig(
+            vocab_size=c.vocabulary,
+            hidden_size=c.dim,
+            num_hidden_layers=c.layers,
+            num_attention_heads=max(1, c.dim // 32),
+            intermediate_size=c.dim * 4,
+            max_position_embeddings=2 * c.max_tokens + 8,
+            hidden_dropout_prob=0.1,
+        )
+        return {"backbone": BertModel(backbone, add_pooling_layer=False)}, c.dim
+
+    def read(self, tokenizer: Any, texts: list[Text]) -> dict[str, Tensor]:
+        """A pair in the tokenizer's own pair format, or as two lines where it has none."""
+        c = self.config
+        first, second = [t for t, _ in texts], [p or "" for _, p in texts] if c.pair else None
+        length = c.max_tokens
+        if c.pair and tokenizer.sep_token is None:
+            first, second = [joined((t, p or "")) for t, p in texts], None
+        elif c.pair:
+            length *= 2
+        return dict(zip(("ids", "mask"), tokenized(tokenizer, first, second, length, special=True), strict=True))
+
+    def vector(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        return mean_pool(model.backbone(input_ids=model.token_map[ids].long(), attention_mask=mask).last_hidden_state, mask)
+
+    @staticmethod
+    def size(budget: int, tokens: int, *, layers: int, max_tokens: int, **_: int) -> tuple[int, int]:
+        """A layer of a BERT has 12 dim^2 weights; a third of the budget goes into layers, the rest into tokens."""
+        dim = max(32, 32 * int(math.sqrt(budget / 3 / (12 * layers)) / 32))
+        places = 2 * max_tokens + 8
+        return dim, min(tokens, max(MIN_TOKENS, (budget - layers * 12 * dim * dim - places * dim) // dim))
+
+    @staticmethod
+    def inherit(model: Any, vectors: Tensor, _: Tensor) -> None:
+        table = model.backbone.embeddings.word_embeddings
+        table.weight.zero_()
+        table.weight[1:] = vectors * 0.5
+
+
+class Pretrained(Transformer):
+    """An encoder with its own tokenizer and weights, which neither shrinks nor inherits."""
+
+    rate = 5e-5
+
+    def parts(self) -> tuple[dict[str, nn.Module], int]:
+        backbone = AutoModel.from_config(AutoConfig.for_model(**(self.config.backbone or {})))
+        return {"backbone": backbone}, backbone.config.hidden_size
+
+    def vector(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        return mean_pool(model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
+
+
+KINDS: dict[str, Any] = {"static": Static, "transformer": Transformer, "pretrained": Pretrained}
