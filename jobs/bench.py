@@ -24,19 +24,14 @@ def encoder() -> Path:
     return Path(found.submodule_search_locations[0]) / "model"
 
 
-def table(run: Path) -> str:
-    """The result table of a run in Markdown."""
+def results(run: Path) -> str:
+    """The result table of a run in Markdown, and what lies behind it."""
+    from retrikt_ray.report.table import as_markdown
+
     report = json.loads((run / "report" / "report.json").read_text())
-    whole = report["teacher"]["score"]["mean"]
-    lines = [f"| system | {report['metric']} | of teacher | parameters | ms a text |", "|---|---|---|---|---|"]
-    for name, system in [("teacher", report["teacher"]), *report["systems"].items()]:
-        score = system["score"]
-        lines.append(
-            f"| {name} | {score['mean'] * 100:.1f} ± {score['ci95'] * 100:.1f} | {score['mean'] / whole:.1%} "
-            f"| {system['parameters']:,} | {system['latency_ms']:.2f} |"
-        )
     store = report["store"]
-    lines += ["", f"Store: {store['kept']:,} rows ({store['by_source']}), rejected {store['rejected']}. Mixture: {report['mixture']}."]
+    lines = [as_markdown(report), ""]
+    lines += [f"Store: {store['kept']:,} rows ({store['by_source']}), rejected {store['rejected']}. Mixture: {report['mixture']}."]
     lines += [f"Stages, seconds: {report['seconds']}."]
     return "\n".join(lines)
 
@@ -51,7 +46,7 @@ def main() -> None:
         out = Path("runs") / f"bench-{task}-{variant}"
         settings = [f"prepare.data={data}", f"teach.annotator={encoder()}", *LOCAL[task], *extra, *overrides]
         subprocess.run([sys.executable, "-m", "retrikt_ray", "run", f"jobs/{task}.yaml", "--out", str(out), *settings], check=True)
-        print(f"\n## {task}, {variant}\n\n{table(out)}\n")
+        print(f"\n## {task}, {variant}\n\n{results(out)}\n")
 
 
 if __name__ == "__main__":

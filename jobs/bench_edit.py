@@ -54,18 +54,10 @@ def make_base(run: Any, words: np.ndarray) -> None:
 
     from retrikt_ray.student.kinds import StudentConfig
     from retrikt_ray.student.model import Student, StudentModel
+    from retrikt_ray.task.card import Task
 
     run.write_bytes("config.yaml", b"seed: 0\nindex: {factory: Flat}\n")
-    card = {
-        "name": "bench",
-        "problem": "classification",
-        "labels": LABELS,
-        "conditions": LABELS,
-        "template": "",
-        "pair": False,
-        "metric": "accuracy",
-    }
-    (run / "task").write_json("task.json", card)
+    Task("bench", "classification", tuple(LABELS), tuple(LABELS), "", False, "accuracy").write(run / "task")
     rows = {"text": texts(np.random.default_rng(5), words, 64), "text_pair": pa.nulls(64, pa.string()), "value": np.zeros(64)}
     (run / "task").write_table("validation.parquet", pa.table(rows))
     seal(run / "task")
@@ -121,7 +113,6 @@ def index(run: Any, workers: Any) -> float:
 def main() -> None:
     import ray
 
-    from retrikt_ray.knowledge import edit as editing
     from retrikt_ray.knowledge.compact import compact, write_live
     from retrikt_ray.knowledge.knowledge import Knowledge
     from retrikt_ray.knowledge.log import read_edit
@@ -158,9 +149,9 @@ def main() -> None:
     found = time.perf_counter() - began
     assert rows[-1]["id"] in first.ids[0]
     hits = reader.view.search(vectors, 50)
-    there = sum(r["id"] in ids for r, ids in zip(rows, hits.ids, strict=True))
+    own = sum(r["id"] in ids for r, ids in zip(rows, hits.ids, strict=True))
     print(
-        f"{ADDED:,} rows added: acknowledged after {acknowledged:.2f} s, found by another reader after {found:.2f} s; {there:,} of them by their own text",
+        f"{ADDED:,} rows added: acknowledged after {acknowledged:.2f} s, found by another reader after {found:.2f} s; {own:,} of them by their own text",
         flush=True,
     )
     predictor.knowledge.delete([f"row-{i:07d}" for i in range(0, ROWS, 1000)])
@@ -173,9 +164,9 @@ def main() -> None:
     for name in ("task", "student"):
         (anew / name).upload(Path((run / name).uri))
     anew.write_bytes("config.yaml", run.read_bytes("config.yaml"))
-    state = reader.view.log
-    assert state is not None
-    write_live(run / "store", [read_edit(reader.folder, e) for e in state.edits], anew / "store")
+    log = reader.view.log
+    assert log is not None
+    write_live(run / "store", [read_edit(run / "knowledge", e) for e in log.edits], anew / "store")
     seal(anew / "store")
     rebuilt = index(anew, workers)
     fresh = Knowledge.open(anew)

@@ -91,24 +91,22 @@ def ours(folder: Path, out: Path, workers: int, watched: bool = False) -> None:
     """The build of the index stage, on a Ray cluster that is running already; `watched`: with the peak of its processes' memory."""
     import ray
 
-    from retrikt_ray.index.build import Column, Source, build
+    from retrikt_ray.index.build import IndexConfig, build
+    from retrikt_ray.index.vectors import Column
     from retrikt_ray.runtime import cluster
     from retrikt_ray.runtime.cluster import Workers
     from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.runtime.tables import Source
 
     shutil.rmtree(out, ignore_errors=True)
     cluster.connect(Path(f"{out}.log").absolute())
     peak, stop = watch_memory() if watched else ({}, threading.Event())  # looking takes a tenth of a core
     began = time.perf_counter()
     card = build(
+        IndexConfig(factory=FACTORY),
         Source.of(Folder.at(folder)),
         Column("vector", DIM),
         Folder.at(out),
-        factory=FACTORY,
-        shards=0,
-        nprobe=0,
-        memory_gb=4,
-        latency_ms=10,
         queries=queries(100),
         words=False,
         seed=0,
@@ -234,9 +232,11 @@ def memory_bench() -> None:
 def query_bench() -> None:
     import faiss
 
-    from retrikt_ray.index.build import Column, Source, build
+    from retrikt_ray.index.build import IndexConfig, build
     from retrikt_ray.index.search import Searcher
+    from retrikt_ray.index.vectors import Column
     from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.runtime.tables import Source
 
     folder = table(ROWS)
     print(
@@ -247,9 +247,9 @@ def query_bench() -> None:
     for factory, shards in (("Flat", 2), ("IVF4096,Flat", 2), (FACTORY, 1), (FACTORY, 2), (FACTORY, 4)):
         out = ROOT / f"query-{factory}-{shards}"
         if not (out / "index.json").exists():
-            keys: dict[str, Any] = {"factory": factory, "shards": shards, "nprobe": 0, "memory_gb": 4, "latency_ms": 10}
             faiss.omp_set_num_threads(2)
             build(
+                IndexConfig(factory=factory, shards=shards),
                 Source.of(Folder.at(folder)),
                 Column("vector", DIM),
                 Folder.at(out),
@@ -257,7 +257,6 @@ def query_bench() -> None:
                 words=False,
                 seed=0,
                 workers=None,
-                **keys,
             )
         searcher = Searcher.unsealed(Folder.at(out))
         # Plain FAISS: one index in memory. For IVF it is the very object that the searcher asks: where malloc happens to put

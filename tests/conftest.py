@@ -1,4 +1,7 @@
-"""What the tests share: two tiny models with random weights, written once per session; nothing is downloaded."""
+"""What the tests share, made once per session: two tiny models with random weights, a Ray cluster, an S3 server, and a finished run.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,21 @@ os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import logging
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import yaml
+from making.tasks import tiny, write_task
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from retrikt_ray.pipeline import Run
 
 torch.set_num_threads(1)
 
@@ -100,3 +112,69 @@ def saved(folder: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFa
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on an S3 server of this process; its address is in the environment, which Ray's workers inherit."""
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {k: os.environ.get(k) for k in settings}
+    os.environ.update(settings)
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("runs")
+    yield "s3://runs"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def cluster_of(s3: str) -> Iterator[Callable[[int], None]]:
+    """Makes this process's Ray cluster one of so many CPUs; it is started again only where it was of another size."""
+    import ray
+
+    size = 0
+
+    def ensure(cpus: int) -> None:
+        nonlocal size
+        if size != cpus:
+            ray.shutdown()
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            size = cpus
+
+    yield ensure
+    ray.shutdown()
+
+
+@pytest.fixture
+def cluster(cluster_of: Callable[[int], None]) -> None:
+    """A Ray cluster of four CPUs."""
+    cluster_of(4)
+
+
+@pytest.fixture(scope="session")
+def run(cluster_of: Callable[[int], None], tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of single-text classification; tests that change it work on a copy."""
+    from retrikt_ray import config, pipeline
+
+    cluster_of(4)
+    home = tmp_path_factory.mktemp("run")
+    prepare = {"data": str(write_task(home / "data")), "n_per_class": 12, "unlabelled": "train"}
+    text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, generate={"workers": 2}))
+    opened = pipeline.open_run(str(home / "run"), config.parse(text, "test"))
+    pipeline.run_all(opened)
+    return opened

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from retrikt_ray import config
 from retrikt_ray.cli import main
+from retrikt_ray.pipeline import Run
+from retrikt_ray.predictor import Prediction
 
 REPO = Path(__file__).resolve().parent.parent
 TEXTS = [REPO / "README.md", *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("*/README.md"))]
@@ -59,19 +63,43 @@ def test_retrikt_commands_in_the_texts_parse() -> None:
     assert any("serve" in c for c in found) and any("predict" in c for c in found)
     for line in found:
         _, name, *arguments = shlex.split(line.removeprefix(".venv/bin/"))
-        command = main.commands[name]
+        command = main.get_command(click.Context(main), name)
+        assert command is not None, f"retrikt {name}"
         command.make_context(name, list(arguments), resilient_parsing=False)
         assert CliRunner().invoke(main, [name, "--help"]).exit_code == 0
 
 
 def test_files_in_the_readme_exist() -> None:
+    """The tree names every package and module, and nothing else."""
     tree = re.search(r"## Files\n\n```\n(.*?)```", (REPO / "README.md").read_text(), re.S)
     assert tree
-    named = tree.group(1)
-    for name in re.findall(r"[a-z_0-9]+\.(?:py|html)|^[a-z_]+/", named, re.M):
-        assert (REPO / name).exists() or (REPO / "retrikt_ray" / name).exists(), f"README names {name}"
-    for module in (REPO / "retrikt_ray").glob("*.py"):
-        assert module.name.startswith("__") or module.name == "cli.py" or module.name in named, f"README's tree lacks {module.name}"
+    package = REPO / "retrikt_ray"
+    top, _, rest = tree.group(1).partition("  runtime/")
+    assert set(re.findall(r"[a-z_]+\.py", top)) == {p.name for p in package.glob("*.py") if not p.name.startswith("__")}
+    for line in f"  runtime/{rest}".splitlines():
+        name, words = line.split("/")[0].strip(), set(re.findall(r"[a-z_]+(?:\.html)?", line))
+        assert (REPO / name).exists() or (package / name).exists(), f"README names {name}/"
+        if line.startswith("  ") and name != "quickstart":
+            modules = {p.name.removesuffix(".py") for p in (package / name).iterdir() if p.suffix in (".py", ".html")} - {"__init__"}
+            assert modules <= words, f"README's line of {name}/ lacks {modules - words}"
+    folders = {p.parent.name for p in package.glob("*/__init__.py")}
+    assert folders <= set(re.findall(r"^  ([a-z]+)/", rest, re.M)) | {"runtime"}
+
+
+def test_the_python_of_the_texts_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's lines and docs/python.md's, one after the other, beside a config and a run that is finished."""
+    (tmp_path / "my.yaml").write_bytes(Path(run, "config.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for page in ("README.md", "docs/python.md"):
+        shutil.rmtree("runs", ignore_errors=True)
+        shutil.copytree(run, "runs/mine")
+        names: dict[str, object] = {}
+        found = blocks(REPO / page, "python")
+        assert found
+        for text in found:
+            exec(compile(text, page, "exec"), names)
+        answer = names["answer"]
+        assert isinstance(answer, Prediction) and len(answer.labels) == len(answer.neighbours) > 0
 
 
 def test_embedded_model_is_small_enough_to_ship() -> None:

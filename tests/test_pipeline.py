@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 import yaml
-from making.tasks import tiny, write_pair_regression, write_task
+from making.tasks import tiny, write_pair_regression
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.runtime import artifacts
@@ -26,61 +21,12 @@ from retrikt_ray.runtime.folders import Folder
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """A bucket on an S3 server of this process; its address is in the environment, which Ray's workers inherit."""
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {k: os.environ.get(k) for k in settings}
-    os.environ.update(settings)
-    import s3fs
-
-    s3fs.S3FileSystem().mkdir("runs")
-    yield "s3://runs"
-    server.stop()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture(scope="module")
-def cluster(s3: str) -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-def settings(base: str, data: Path, **more: object) -> str:
-    return yaml.safe_dump(tiny(base, prepare={"data": str(data), "n_per_class": 12, "unlabelled": "train"}, **more))
-
-
-@pytest.fixture(scope="module")
-def run(cluster: None, tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    """A finished run of single-text classification."""
-    home = tmp_path_factory.mktemp("run")
-    text = settings(tiny_lm, write_task(home / "data"), generate={"workers": 2})
-    opened = pipeline.open_run(str(home / "run"), config.parse(text, "test"))
-    pipeline.run_all(opened)
-    return opened
-
-
 def test_every_artifact_is_sealed_and_verifies(run: pipeline.Run) -> None:
     for stage in pipeline.STAGES:
         for name in stage.outputs:
             manifest = artifacts.check(run.artifact(name), deep=True)
             assert manifest.stage == stage.name and manifest.seconds > 0
-        assert run.state(stage) == "done"
+        assert run.status(stage) == "done"
     assert not (Path(run.folder.uri) / ".scratch").exists() or not any((Path(run.folder.uri) / ".scratch").iterdir())
 
 
@@ -114,10 +60,10 @@ def test_a_second_call_skips_everything(run: pipeline.Run) -> None:
 
 def test_a_changed_config_makes_its_stage_stale_and_scale_does_not(run: pipeline.Run) -> None:
     changed = pipeline.Run(run.folder, run.config.model_copy(update={"distill": run.config.distill.model_copy(update={"epochs": 2})}))
-    states = {s.name: changed.state(s) for s in pipeline.STAGES}
+    states = {s.name: changed.status(s) for s in pipeline.STAGES}
     assert states["annotate"] == "done" and states["distill"] == "stale"
     scaled = pipeline.Run(run.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 7})}))
-    assert scaled.state(pipeline.BY_NAME["generate"]) == "done"
+    assert scaled.status(pipeline.BY_NAME["generate"]) == "done"
 
 
 def test_one_and_two_workers_generate_the_same_bytes(run: pipeline.Run, tmp_path: Path) -> None:

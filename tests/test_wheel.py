@@ -64,7 +64,7 @@ class Installed:
 def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", folder / "dist", "."], cwd=sources, check=True)
-    venv.create(folder / "venv")
+    venv.create(folder / "venv", symlinks=True)
     paths = sysconfig.get_paths(vars={"base": str(folder / "venv"), "platbase": str(folder / "venv")})
     site = Path(paths["purelib"])
     (wheel,) = (folder / "dist").glob("*.whl")

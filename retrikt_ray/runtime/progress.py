@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a line every few seconds in a log.
+"""Progress of long work: a live bar on a terminal, one line that changes in place in a notebook, a line every few seconds in a log.
 
 Workers run in other processes; they tell a small Ray actor how far they are, and the driver draws what it says.
 """
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 console = Console(highlight=False, soft_wrap=True)
 LOG_EVERY_S = 10.0
+NOTEBOOK_EVERY_S = 0.5
 
 
 @dataclass
@@ -26,7 +27,8 @@ class Tracker:
     label: str
     total: float
     unit: str
-    bar: Progress | None
+    bar: Progress | None = None  # of a terminal
+    line: Any = None  # IPython's handle of a line in a notebook
     done: float = 0.0
     note: str = ""
     began: float = field(default_factory=time.monotonic)
@@ -44,10 +46,17 @@ class Tracker:
         self.total = total or self.total
         if self.bar is not None:
             self.bar.update(self._task, completed=done, total=self.total, note=f"{self.rate():.3g} {self.unit}/s  {self.note}")
-        elif time.monotonic() - self._last_line > LOG_EVERY_S:
+        elif time.monotonic() - self._last_line > (LOG_EVERY_S if self.line is None else NOTEBOOK_EVERY_S):
             self._last_line = time.monotonic()
-            left = (self.total - done) / self.rate() if self.rate() else 0
-            console.print(f"{self.label}: {done:g}/{self.total:g} {self.unit}, {self.rate():.3g}/s, {left:.0f} s left  {self.note}")
+            if self.line is None:
+                console.print(self.sentence())
+            else:
+                self.line.update({"text/plain": self.sentence()}, raw=True)
+
+    def sentence(self) -> str:
+        """How far it is, on one line."""
+        left = (self.total - self.done) / self.rate() if self.rate() else 0
+        return f"{self.label}: {self.done:g}/{self.total:g} {self.unit}, {self.rate():.3g}/s, {left:.0f} s left  {self.note}"
 
     def rate(self) -> float:
         """Units per second since the first progress."""
@@ -60,8 +69,15 @@ class Tracker:
 @contextmanager
 def track(label: str, total: float, unit: str) -> Iterator[Tracker]:
     """Show progress while the block runs."""
+    if console.is_jupyter:
+        from IPython.display import display
+
+        tracker = Tracker(label, total, unit, line=display({"text/plain": f"{label} ..."}, raw=True, display_id=True))
+        yield tracker
+        tracker.line.update({"text/plain": f"{label}: {tracker.done:g} {unit}, {time.monotonic() - tracker.began:.0f} s"}, raw=True)
+        return
     if not console.is_terminal:
-        yield Tracker(label, total, unit, None)
+        yield Tracker(label, total, unit)
         return
     columns = (SpinnerColumn(), TextColumn("{task.description:<22}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, transient=True) as bar:

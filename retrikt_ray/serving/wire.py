@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.task.texts import Text, TextError, read_texts, short
+from retrikt_ray.task.texts import TEXT_COLUMNS, Text, TextError, read_texts, short
 
 ROUTES = "GET /, /health, /info, /openapi.json; POST /predict, /retrieve, /explain"
 logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log file
@@ -56,7 +56,8 @@ def refuse_body(_: Request, error: Exception) -> JSONResponse:
         found = f"{field} is missing" if field != "the body" else "the body is empty"
     elif first["type"] == "extra_forbidden":
         return refuse(
-            None, Refusal(422, f"there is no field {field}", "inputs, and top_k for /predict, or k, mode, label and source for /retrieve")
+            None,
+            Refusal(422, f"there is no field {short(field)}", "inputs, and top_k for /predict, or k, mode, label and source for /retrieve"),
         )
     else:
         found = f"{field}: found {short(first['input'])}"
@@ -116,7 +117,7 @@ def texts_of_inputs(inputs: Any, pair: bool, args: ServeArgs) -> list[Text]:
         raise Refusal(413, f"inputs holds {len(items)} texts", f"at most {args.max_texts} texts a request")
     for i, item in enumerate(items):
         where = f"inputs[{i}]" if isinstance(inputs, list) else "inputs"
-        parts = {f"{where}.{key}": value for key, value in item.items()} if isinstance(item, dict) else {where: item}
+        parts = {f"{where}.{key}": item.get(key) for key in TEXT_COLUMNS} if isinstance(item, dict) else {where: item}
         for name, value in parts.items():
             if isinstance(value, str) and len(value) > args.max_text_chars:
                 raise Refusal(413, f"{name} has {len(value)} characters", f"at most {args.max_text_chars} characters a text")
@@ -124,6 +125,8 @@ def texts_of_inputs(inputs: Any, pair: bool, args: ServeArgs) -> list[Text]:
         return read_texts(inputs, pair, "inputs")
     except TextError as error:
         raise Refusal(422, error.found, f"{error.expected}, or a list of such") from None
+    except RecursionError:  # it could just be parsed, but not be shown
+        raise Refusal(422, "inputs is nested too deeply", "a text, or a list of such") from None
 
 
 class Guard:

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from making.vectors import make_index, quarters, write_vectors
 
 from retrikt_ray.index import build as shards
@@ -80,16 +79,12 @@ def test_index_json_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert names == ["part-00000.parquet", *(f"shard-{i:04d}.faiss" for i in range(3)), "index.json", "manifest.json"]
 
 
-def test_ray_tasks_write_the_same_files(tmp_path: Path) -> None:
+def test_ray_tasks_write_the_same_files(cluster: None, tmp_path: Path) -> None:
     vectors = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
     here = make_index(tmp_path, vectors, 3, "IVF4,Flat", group=50)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-    try:
-        source, out = Source.of(Folder.at(tmp_path) / "table"), Folder.at(tmp_path) / "ray"
-        config = IndexConfig(factory="IVF4,Flat", shards=3, nprobe=16)
-        build(config, source, Column("vector", 8), out, queries=vectors[:0], words=False, seed=0, workers=Workers(2, 1, 0))
-    finally:
-        ray.shutdown()
+    source, out = Source.of(Folder.at(tmp_path) / "table"), Folder.at(tmp_path) / "ray"
+    config = IndexConfig(factory="IVF4,Flat", shards=3, nprobe=16)
+    build(config, source, Column("vector", 8), out, queries=vectors[:0], words=False, seed=0, workers=Workers(2, 1, 0))
     assert out.read_json("index.json") == here.read_json("index.json")  # checksums are among it
 
 

@@ -176,33 +176,29 @@ def test_nprobe_is_heeded(tmp_path: Path) -> None:
     assert (some != truth).any()
 
 
-def test_actors_answer_as_this_process(tmp_path: Path) -> None:
+def test_actors_answer_as_this_process(cluster: None, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(500, 12)).astype(np.float32)
     allowed = rng.random(500) < 0.5
     rare = np.arange(500) % 60 == 0  # too few in the lists that are probed
     folder = make_index(tmp_path, vectors, 5, "IVF4,Flat", nprobe=2)
     here = Searcher.open(folder)
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        there = ActorSearcher(folder, 3)
-        assert len(there.actors) == 3
-        for mask in (None, allowed, rare):
-            for got, want in zip(there.search(vectors[:9], 20, mask), here.search(vectors[:9], 20, mask), strict=True):
-                np.testing.assert_array_equal(got, want)
-        ray.kill(there.actors[1], no_restart=False)  # it opens its shards anew and answers
-        np.testing.assert_array_equal(there.search(vectors[:9], 20)[0], here.search(vectors[:9], 20)[0])
-        with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 12\)"):
-            there.search(np.zeros((1, 4), np.float32), 1)
-        there.close()
-        shard = tmp_path / "index-5" / "shard-0003.faiss"
-        shard.write_bytes(shard.read_bytes()[:-1])
-        with pytest.raises(ArtifactError, match=r"shard-0003\.faiss.*truncated"):
-            ActorSearcher(folder, 2).search(vectors[:1], 1)
-        with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has, or can grow to, 3"):
-            ActorSearcher(folder, 9)
-    finally:
-        ray.shutdown()
+    spread = ActorSearcher(folder, 3)
+    assert len(spread.actors) == 3
+    for mask in (None, allowed, rare):
+        for got, want in zip(spread.search(vectors[:9], 20, mask), here.search(vectors[:9], 20, mask), strict=True):
+            np.testing.assert_array_equal(got, want)
+    ray.kill(spread.actors[1], no_restart=False)  # it opens its shards anew and answers
+    np.testing.assert_array_equal(spread.search(vectors[:9], 20)[0], here.search(vectors[:9], 20)[0])
+    with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 12\)"):
+        spread.search(np.zeros((1, 4), np.float32), 1)
+    spread.close()
+    shard = tmp_path / "index-5" / "shard-0003.faiss"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"shard-0003\.faiss.*truncated"):
+        ActorSearcher(folder, 2).search(vectors[:1], 1)
+    with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has, or can grow to, 4"):
+        ActorSearcher(folder, 9)
 
 
 def test_a_query_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import ray
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -445,18 +444,14 @@ def test_a_run_can_be_opened_while_others_edit_and_compact(run: Folder) -> None:
     assert opened > 3 and Knowledge.open(run).count == 12 + 41
 
 
-def test_actors_change_to_a_new_base_where_there_is_place_for_one(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", shards=3)
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    try:
-        predictor = Predictor.open(run, opener=lambda index, threads: ActorSearcher(index, 3, threads))
-        (code,) = predictor.knowledge.add([{"text": "one more", "label": "positive"}])
-        assert compact(run) is not None and predictor.knowledge.refresh()
-        assert predictor.knowledge.view.added is None and ids_of(predictor, "one more")[0] == code
-        assert predictor.knowledge.view.base.searcher is not None
-        predictor.knowledge.view.base.searcher.close()
-    finally:
-        ray.shutdown()
+def test_actors_change_to_a_new_base_where_there_is_place_for_one(cluster: None, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", shards=4)
+    predictor = Predictor.open(run, opener=lambda index, threads: ActorSearcher(index, 4, threads))
+    (code,) = predictor.knowledge.add([{"text": "one more", "label": "positive"}])
+    assert compact(run) is not None and predictor.knowledge.refresh()
+    assert predictor.knowledge.view.added is None and ids_of(predictor, "one more")[0] == code
+    assert predictor.knowledge.view.base.searcher is not None
+    predictor.knowledge.view.base.searcher.close()
 
 
 def test_a_student_made_anew_is_noticed(run: Folder) -> None:

@@ -98,6 +98,26 @@ def test_gradients_reach_the_soft_prompt(base: Base, soft: Tensor) -> None:
     assert_close(cached.grad, plain.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_do_not_depend_on_the_threads() -> None:
+    """Sixteen texts share four prefixes: their gradients must be summed in one order. The packaged LM is large enough for PyTorch to cut the work."""
+    base = Base.load("embedded", "float32")
+    start = torch.randn(4, 16, base.dim, generator=torch.Generator().manual_seed(0)) * 0.1
+    ids, mask = base.encode([f"{text} and {other}" for text in TEXTS for other in TEXTS], 24)
+    rows = torch.arange(16) % 4
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 4):
+            torch.set_num_threads(count)
+            soft = start.clone().requires_grad_()
+            prefix, (own,) = lm.run_prefix_of(base, soft, ["one: ", "two: ", "three: ", "four: "], rows)
+            logits, hidden = lm.score(base, prefix, own, ids, mask)
+            (lm.log_probs_of(logits, ids) * mask).sum().add(hidden.sum()).backward()
+            found.append(soft.grad)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def test_log_probs_of() -> None:
     logits = torch.log(torch.tensor([[[0.25, 0.75], [0.5, 0.5]]])) + 3
     assert_close(lm.log_probs_of(logits, torch.tensor([[1, 0]])), torch.log(torch.tensor([[0.75, 0.5]])), rtol=0, atol=1e-6)
