@@ -174,18 +174,18 @@ def status(run_uri: str) -> None:
 def merge(runs: tuple[str, ...], out: str) -> None:
     """One report of several runs of a task that differ in their seed: mean and 95 % interval over the seeds."""
     from retrikt_ray import pipeline
-    from retrikt_ray.report import page as report
+    from retrikt_ray.report import page
     from retrikt_ray.runtime.folders import Folder
     from retrikt_ray.runtime.progress import console
     from retrikt_ray.runtime.settings import ConfigError
 
     try:
-        merged = report.merge([pipeline.load_run(uri).artifact("report").read_json("report.json") for uri in runs])
+        merged = page.merge([pipeline.load_run(uri).artifact("report").read_json("report.json") for uri in runs])
     except ValueError as error:
         raise ConfigError(f"these runs cannot be merged: {error}") from None
     folder = Folder.at(out)
     folder.write_json("report.json", merged)
-    folder.write_bytes("report.html", report.render(merged).encode())
+    folder.write_bytes("report.html", page.render(merged).encode())
     score = merged["systems"]["retrikt"]["score"]
     console.print(
         f"{merged['task']}: retrikt {score['mean']:.3f} ± {score['ci95']:.3f} over seeds {merged['seeds']}; report: {folder}/report.html"

@@ -118,8 +118,8 @@ def count_words(source: Source, low: int, high: int, folder: Folder, name: str) 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     """Share of the exact neighbours (Q, k) that are among those found (Q, k)."""
-    there = (found[:, :, None] == exact[:, None, :]) & (exact >= 0)[:, None, :]
-    return float(there.any(1).sum() / max(1, (exact >= 0).sum()))
+    hits = (found[:, :, None] == exact[:, None, :]) & (exact >= 0)[:, None, :]
+    return float(hits.any(1).sum() / max(1, (exact >= 0).sum()))
 
 
 def edges(rows: int, shards: int) -> list[tuple[int, int]]:

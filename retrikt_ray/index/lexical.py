@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from retrikt_ray.index.search import merge
-from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
-
-if TYPE_CHECKING:
-    from retrikt_ray.teacher.annotator import Text
+from retrikt_ray.task.texts import Text, joined
 
 K1, B = 1.5, 0.75
 BUCKETS = 2**30  # of the words' hashes: two of a million words share one with a chance of 1 in 1000 each
@@ -35,7 +32,7 @@ def counted(texts: list[Text]) -> Any:
     words = HashingVectorizer(
         n_features=BUCKETS, alternate_sign=False, norm=None, token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 1), dtype=np.float32
     )
-    return words.transform([t if p is None else f"{t} {p}" for t, p in texts])
+    return words.transform([joined(text, " ") for text in texts])
 
 
 @dataclass
@@ -89,8 +86,8 @@ class Postings:
     def find(self, word: int) -> slice:
         """Where the postings of a word are; empty where no row holds it."""
         at = int(np.searchsorted(self.words, word))
-        there = at < len(self.words) and self.words[at] == word
-        return slice(int(self.starts[at]), int(self.starts[at + 1])) if there else slice(0, 0)
+        found = at < len(self.words) and self.words[at] == word
+        return slice(int(self.starts[at]), int(self.starts[at + 1])) if found else slice(0, 0)
 
 
 @dataclass
@@ -109,13 +106,6 @@ class Lexical:
     def living(self, shard: Postings) -> Any:
         """(n,) bool for the rows of a shard, or True for all."""
         return True if self.alive is None else self.alive[shard.low : shard.low + len(shard.lengths)]
-
-    @staticmethod
-    def open(folder: Folder) -> Lexical:
-        """Verify and open. Raises ArtifactError that names the file that is missing, cut or altered."""
-        artifacts.check(folder, deep=True, only=["index.json"])
-        artifacts.check(folder, deep=True, only=folder.read_json("index.json").get("words", []))
-        return Lexical.unsealed(folder)
 
     @staticmethod
     def unsealed(folder: Folder) -> Lexical:
@@ -138,8 +128,8 @@ class Lexical:
         queries = counted(texts)
         answers = []
         for i in range(len(texts)):
-            mine = slice(queries.indptr[i], queries.indptr[i + 1])
-            terms = zip(queries.indices[mine].tolist(), queries.data[mine].tolist(), strict=True)
+            span = slice(queries.indptr[i], queries.indptr[i + 1])
+            terms = zip(queries.indices[span].tolist(), queries.data[span].tolist(), strict=True)
             found = self.query(sorted(terms), k, allowed)  # scores are summed in one order
             answers.append(merge([f[0][None] for f in found], [f[1][None] for f in found], k))
         return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])

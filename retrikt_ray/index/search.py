@@ -77,9 +77,9 @@ def with_probes(index: Any, nprobe: int, selector: Any) -> Any:
 def complete(once: Any, rows: int, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """The answers of once(queries, k, allowed, everywhere); queries whose lists held too few of the rows they may find are asked everywhere."""
     ids, similarities = once(queries, k, allowed, False)
-    there = min(k, rows if allowed is None else int(np.count_nonzero(allowed)))
-    if there and (ids[:, there - 1] < 0).any():
-        short = np.flatnonzero(ids[:, there - 1] < 0)
+    most = min(k, rows if allowed is None else int(np.count_nonzero(allowed)))
+    if most and (ids[:, most - 1] < 0).any():
+        short = np.flatnonzero(ids[:, most - 1] < 0)
         ids[short], similarities[short] = once(queries[short], k, allowed, True)
     return ids, similarities
 
@@ -145,9 +145,9 @@ class Shard:
         if total == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         if allowed is not None:
-            mine = allowed[self.low : self.low + total]
-            if not mine.all():
-                selector = allowing(mine)
+            own = allowed[self.low : self.low + total]
+            if not own.all():
+                selector = allowing(own)
         ask = min(total, k + (SLACK if self.vectors is not None else 1))
         similarities, numbers = self.ask(queries, ask, nprobe, selector, visit)
         if self.vectors is None and falling(similarities):

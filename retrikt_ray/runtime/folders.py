@@ -261,9 +261,9 @@ class Folder:
     @staticmethod
     def _differs(copy: Path, sealed: dict[str, Any]) -> str | None:
         """The first file of a manifest that a copy does not hold as it should be."""
-        there = Folder(str(copy))
+        folder = Folder(str(copy))
         for name, want in sealed["files"].items():
-            if not there.exists(name) or there.size(name) != want["bytes"] or there.sha256(name) != want["sha256"]:
+            if not folder.exists(name) or folder.size(name) != want["bytes"] or folder.sha256(name) != want["sha256"]:
                 return str(name)
         return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import bm25s
@@ -13,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrikt_ray.index.build import Source, count_words, edges
+from retrikt_ray.index.build import count_words, edges
 from retrikt_ray.index.lexical import Lexical, Postings
-from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.tables import Source
 
 WORDS = [
     "a",
@@ -121,15 +120,13 @@ def test_postings_on_disk(tmp_path: Path) -> None:
     ranges = edges(50, 4)
     names = [count_words(Source.of(store), low, high, index, f"words-{i:04d}.arrow") for i, (low, high) in enumerate(ranges)]
     index.write_json("index.json", {"words": names})
-    artifacts.seal(index, stage="index", fingerprint="x", config={}, inputs={}, seed=0, started=time.time())
-    opened = Lexical.open(index)
+    opened = Lexical.unsealed(index)
     for got, want in zip(opened.search(queries, 9), cut(texts, 1).search(queries, 9), strict=True):
         np.testing.assert_array_equal(got, want)
     assert not opened.shards[0].rows.flags.owndata  # memory-mapped
-    path = tmp_path / "index" / "words-0002.arrow"
-    path.write_bytes(path.read_bytes()[:-9] + b"\0" + path.read_bytes()[-8:])
-    with pytest.raises(ArtifactError, match=r"words-0002\.arrow was altered"):
-        Lexical.open(index)
+    index.write_bytes("words-0002.arrow", index.read_bytes("words-0002.arrow")[:40])
+    with pytest.raises(ArtifactError, match=r"index has postings that are not of this version"):
+        Lexical.unsealed(index)
 
 
 def test_an_empty_shard_and_an_empty_query() -> None:
