@@ -91,7 +91,8 @@ def test_truncated_parquet_and_index(tmp_path: Path) -> None:
     shard = sorted((run_path / "index").glob("*.faiss"))[0]
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
-    assert shard.name in retrikt("predict", run_path, "a text") and "truncated" in retrikt("predict", run_path, "a text")
+    said = retrikt("predict", run_path, "a text")
+    assert shard.name in said and "truncated" in said
     shard.write_bytes(whole)
     part = sorted((run_path / "store").glob("part-*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:-40])
@@ -154,6 +155,8 @@ def test_interrupted_write_is_not_taken_for_whole(tmp_path: Path) -> None:
     (run_path / "student" / "manifest.json").unlink()
     said = retrikt("predict", run_path, "a text")
     assert "student is not complete" in said
-    manifest = run_path / "store" / "manifest.json"
+
+    other = Path(make_run(tmp_path / "other").uri)
+    manifest = other / "store" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()))[:-30])
-    assert "is not JSON" in retrikt("predict", run_path, "a text") or "not complete" in retrikt("predict", run_path, "a text")
+    assert "store/manifest.json is not JSON" in retrikt("predict", other, "a text")

@@ -96,27 +96,31 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tiny_lm: str) -> Path:
     return folder
 
 
-def submit(env: dict[str, str], checkout: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-    """What a user types in the checkout, until the job has ended."""
+def submission(env: dict[str, str], *entrypoint: str) -> list[str]:
+    """What a user types in the checkout."""
     command = [RAY, "job", "submit", "--address", env["RAY_API_SERVER_ADDRESS"], "--working-dir", "."]
-    command += ['--runtime-env-json={"excludes": ["runs", ".git", ".venv"]}', "--", *entrypoint]
-    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=400)
+    return [*command, '--runtime-env-json={"excludes": ["runs", ".git", ".venv"]}', "--", *entrypoint]
 
 
-def test_the_whole_run_as_a_job(head: dict[str, str], checkout: Path, tmp_path: Path) -> None:
-    done = submit(head, checkout, sys.executable, "jobs/run.py", "tiny.yaml", "--out", str(tmp_path / "run"))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "succeeded" in said
-    for stage in STAGES:
-        assert re.search(rf"{stage.name} +\d+\.\d s", said), f"no line for {stage.name}:\n{said}"
-    assert (tmp_path / "run" / "report" / "report.json").exists()
+@pytest.fixture(scope="module", autouse=True)
+def whole_run(head: dict[str, str], checkout: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The whole run as a job, writing whole.log and run/ in the checkout's runs/: begun before the first test and looked at by the last.
+
+    Much of it is waiting for one process of Ray after the other; what the other tests ask of the cluster goes on beside it.
+    """
+    command = submission(head, sys.executable, "jobs/run.py", "tiny.yaml", "--out", str(checkout / "runs" / "run"))
+    with open(checkout / "runs" / "whole.log", "wb") as log:
+        process = subprocess.Popen(command, cwd=checkout, env=head, stdout=log, stderr=subprocess.STDOUT)
+    yield process
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
 def failed(head: dict[str, str], checkout: Path) -> subprocess.CompletedProcess[str]:
     """A job that lists its working directory and then runs a stage on a run that is not there."""
-    return submit(head, checkout, "sh", "-c", f"ls && exec {sys.executable} jobs/stage.py generate nothing")
+    command = submission(head, "sh", "-c", f"ls && exec {sys.executable} jobs/stage.py generate nothing")
+    return subprocess.run(command, cwd=checkout, env=head, capture_output=True, text=True)
 
 
 def test_a_failing_job_fails_and_says_why(failed: subprocess.CompletedProcess[str]) -> None:
@@ -169,3 +173,13 @@ def test_a_base_model_is_trained_from_text_files(head: dict[str, str], tmp_path:
     assert model.config.vocab_size == len(tokenizer) and tokenizer.eos_token_id == 2
     result = json.loads((out / "training.json").read_text())
     assert result["held_out_loss"] < math.log(len(tokenizer)) - 1  # far better than a uniform guess
+
+
+def test_the_whole_run_as_a_job(whole_run: subprocess.Popen[bytes], checkout: Path) -> None:
+    code = whole_run.wait(timeout=400)
+    said = (checkout / "runs" / "whole.log").read_text()
+    assert code == 0, said
+    assert "succeeded" in said
+    for stage in STAGES:
+        assert re.search(rf"{stage.name} +\d+\.\d s", said), f"no line for {stage.name}:\n{said}"
+    assert (checkout / "runs" / "run" / "report" / "report.json").exists()

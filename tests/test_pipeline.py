@@ -42,6 +42,11 @@ def test_report_has_the_contract(run: pipeline.Run) -> None:
     assert len(report["rl"]["steps"]) == 2 and {"fidelity", "diversity", "novelty", "domain", "fluency", "length"} <= set(
         report["rl"]["terms"]
     )
+    means = {name: system["score"]["mean"] for name, system in report["systems"].items()}
+    assert report["paired"].keys() == {"teacher", *means} - {"retrikt"}
+    for name, gap in report["paired"].items():
+        theirs = report["teacher"]["score"]["mean"] if name == "teacher" else means[name]
+        assert gap["difference"] == pytest.approx(means["retrikt"] - theirs)
     assert b"<html" in run.artifact("report").read_bytes("report.html")
 
 
@@ -143,16 +148,17 @@ def test_pairs_and_regression_with_an_encoder_on_an_object_store(
     prepare = {"data": str(data), "problem": "regression", "text_column": "a", "text_pair_column": "b", "label_column": "score"}
     more = {
         "teach": {"annotator": tiny_encoder, "workers": 2, "cpus_per_worker": 1},
-        "reinforce": {"workers": 2, "cpus_per_worker": 1},
+        "reinforce": {"workers": 2, "cpus_per_worker": 1, "steps": 1},
+        "generate": {"rows": 24},
         "distill": {"kind": "transformer", "size": 1.0, "workers": 2, "cpus_per_worker": 1, "batch": 16},
         "index": {"factory": "IVF2,Flat", "shards": 3},
-        "evaluate": {"store_fractions": []},
+        "evaluate": {"store_fractions": [], "baselines": False},
     }
     text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, **more))
     run = pipeline.open_run(f"{s3}/pairs", config.parse(text, "test"))
     pipeline.run_all(run)
     report = run.artifact("report").read_json("report.json")
-    assert report["metric"] == "pearson" and set(report["systems"]) == SYSTEMS
+    assert report["metric"] == "pearson" and set(report["systems"]) == {"retrikt", "student_kd_store"}
     assert -1 <= report["systems"]["retrikt"]["score"]["mean"] <= 1
     store = run.artifact("store").read_tables(columns=["text_pair", "teacher_probs"]).to_pylist()
     assert all(r["text_pair"] and len(r["teacher_probs"]) == 1 for r in store)

@@ -77,7 +77,7 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
 
     # 2. start
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody takes over from a server that stops
-    stop = threading.Event()
+    stop, served = threading.Event(), False
     try:
         cluster.connect()
         serve.start(http_options={"host": host, "port": port})
@@ -89,7 +89,7 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         console.print(f"serving {run} on {url} (page; API in /openapi.json); Ctrl-C stops", markup=False)
         console.print(f"  curl -H 'Content-Type: application/json' -d '{json.dumps({'inputs': example})}' {url}/predict", markup=False)
-        stop.wait()
+        served = stop.wait()
         for number, handler in before.items():  # a second Ctrl-C ends it at once
             signal.signal(number, handler)
         console.print("stopping", markup=False)
@@ -98,15 +98,17 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
     finally:
         # 4. shut down
         if ray.is_initialized():
-            shut_down(ray)
+            shut_down(ray, served)
 
 
-def shut_down(ray: Any) -> None:
+def shut_down(ray: Any, served: bool) -> None:
     """Stop Serve and Ray, and leave even if Ray's processes were killed first (a signal to the whole group), when Ray would wait a minute."""
-    leave = threading.Timer(12, os._exit, (1,))
+    leave = threading.Timer(20, os._exit, (1,))
     leave.daemon = True
     leave.start()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray reports its own stopping as errors
+        if served:
+            serve.delete(APP)  # what was asked is answered first: `shutdown` alone would cut it off
         serve.shutdown()
         ray.shutdown()
     leave.cancel()

@@ -86,7 +86,7 @@ def load_rows(store: Folder) -> Rows:
 
     table = store.read_tables(columns=[*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value"])
     truth = [float("nan") if v is None else v for v in table["value"].to_pylist()]
-    teacher, embeddings = (torch.from_numpy(matrix(table[name])) for name in ("teacher_probs", "teacher_embedding"))
+    teacher, embeddings = (torch.tensor(matrix(table[name])) for name in ("teacher_probs", "teacher_embedding"))
     return Rows(texts_of(table), teacher, embeddings, torch.tensor(truth, dtype=torch.float32))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 
 def decide(answers: np.ndarray) -> np.ndarray:
@@ -19,6 +17,9 @@ def score(metric: str, truth: Sequence[float] | np.ndarray, answers: np.ndarray)
 
     A correlation with a constant prediction is undefined; it counts as 0, as no skill was shown.
     """
+    from scipy import stats  # here, for they take a second to import, which answering a text does not need
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
     truth, got = np.asarray(truth), decide(np.asarray(answers))
     if metric == "accuracy":
         return float((truth == got).mean())

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from retrikt_ray.runtime import training
 from retrikt_ray.runtime.training import Solo, epoch_batches, load_optimizer_state, optimizer_state, seed_everything, warmup_linear
 
 
@@ -116,3 +117,78 @@ def test_workers_share_a_batch() -> None:
         rank, world = 1, 3
 
     assert Second(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), 1, 0).share([10, 11, 12, 13, 14]) == [11, 14]
+
+
+class Recorded(Solo):
+    """Begins at `start`, has a rank, and writes down what it is asked."""
+
+    def __init__(self, parameter: torch.nn.Parameter, total: int, start: int = 0, rank: int = 0, world: int = 1) -> None:
+        super().__init__(torch.optim.SGD([parameter], lr=0.1), total, seed=7)
+        self.start, self.rank, self.world = start, rank, world
+        self.weights: list[float] = []
+        self.finished: list[tuple[int, str]] = []
+
+    def update(self, weight: float = 1.0, clip: float = 1.0) -> None:
+        self.weights.append(weight)
+        self.world, world = 1, self.world  # there is nobody to reduce with
+        super().update(weight, clip)
+        self.world = world
+
+    def done(self, step: int, note: str = "") -> None:
+        self.finished.append((step, note))
+
+
+def trained(start: int, value: float, noise: int) -> tuple[float, Recorded]:
+    """A run of five batches whose loss is noisy, from a step and a value on; `noise`: whatever random state went before."""
+    parameter = torch.nn.Parameter(torch.tensor([value]))
+    session = Recorded(parameter, 5, start)
+    torch.manual_seed(noise)
+
+    def loss_of(step: int, rows: list[int]) -> tuple[torch.Tensor, str]:
+        return (parameter * torch.rand(1) * (step + len(rows))).sum(), f"step {step}"
+
+    training.run(session, [[0, 1], [2, 3], [4, 5], [6, 7], [8]], loss_of)
+    return parameter.item(), session
+
+
+def test_run_goes_on_where_it_was_to_the_same_weights() -> None:
+    whole, session = trained(0, 1.0, noise=1)
+    assert session.finished == [(i + 1, f"step {i}") for i in range(5)]
+    parameter = torch.nn.Parameter(torch.tensor([1.0]))
+    values: list[float] = []
+    first = Recorded(parameter, 5)
+    training.run(
+        first,
+        [[0, 1], [2, 3], [4, 5], [6, 7], [8]],
+        lambda step, rows: ((parameter * torch.rand(1) * (step + len(rows))).sum(), ""),
+        after=lambda steps: values.append(parameter.item()),
+    )
+    assert values[-1] == whole and len(values) == 5
+    resumed, rest = trained(3, values[2], noise=2)
+    assert resumed == whole and [step for step, _ in rest.finished] == [4, 5]
+
+
+def test_run_weighs_a_workers_share_and_asks_nothing_of_one_without_rows() -> None:
+    parameter, asked = torch.nn.Parameter(torch.zeros(1)), []
+
+    def loss_of(step: int, rows: list[int]) -> tuple[torch.Tensor, str]:
+        asked.append(rows)
+        return parameter.sum(), ""
+
+    session = Recorded(parameter, 2, rank=1, world=3)
+    training.run(session, [[10, 11, 12, 13], [14]], loss_of)
+    assert asked == [[11]] and session.weights == [1 / 4, 0.0]  # of four rows one is this worker's; of one row none
+    assert [step for step, _ in session.finished] == [1, 2]
+
+
+def test_run_draws_other_noise_on_other_workers() -> None:
+    drawn = []
+    for rank in (0, 1):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def loss_of(step: int, rows: list[int], parameter: torch.nn.Parameter = parameter) -> tuple[torch.Tensor, str]:
+            drawn.append(torch.rand(1).item())
+            return parameter.sum(), ""
+
+        training.run(Recorded(parameter, 1, rank=rank, world=2), [[0, 1]], loss_of)
+    assert drawn[0] != drawn[1]

@@ -188,9 +188,12 @@ def test_answers_are_those_of_a_replica_here_to_the_last_digit(live: Live) -> No
             assert answer.headers.get(name) == here.headers.get(name)
 
 
+def shard_actors(live: Live) -> list[psutil.Process]:
+    return [p for p in psutil.Process(live.process.pid).children(recursive=True) if " ".join(p.cmdline()).startswith("ray::ShardActor")]
+
+
 def test_shards_are_in_actors(live: Live) -> None:
-    names = [" ".join(p.cmdline()) for p in psutil.Process(live.process.pid).children(recursive=True)]
-    assert len([n for n in names if n.startswith("ray::ShardActor")]) == 2
+    assert len(shard_actors(live)) == 2
 
 
 def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
@@ -234,7 +237,7 @@ def both(live: Live) -> Any:
 
 def test_edits_and_compaction_under_the_server(live: Live) -> None:
     """Each is in its next answer; shards of the new base are opened by new actors."""
-    before, knowledge = both(live), Knowledge.open(live.run)
+    before, actors, knowledge = both(live), shard_actors(live), Knowledge.open(live.run)
     knowledge.add([{"id": "new-1", "text": QUERY, "label": "negative"}])
     assert [(r["id"], r["label"]) for r in both(live)[:1]] == [("new-1", "negative")]
     knowledge.update([{"id": "new-1", "label": "positive"}])
@@ -245,7 +248,8 @@ def test_edits_and_compaction_under_the_server(live: Live) -> None:
     assert knowledge.compact()
     assert both(live) == close_to(edited)
     assert httpx.get(f"{live.url}/info").json()["store"] == {"rows": 12, "version": 4}
-    test_shards_are_in_actors(live)
+    fresh = shard_actors(live)
+    assert len(fresh) == 2 and not set(fresh) & set(actors)
 
 
 def test_a_fault_is_in_the_log_of_the_replica(live: Live) -> None:
@@ -265,11 +269,22 @@ def test_a_fault_is_in_the_log_of_the_replica(live: Live) -> None:
     assert "new-2" in [r["id"] for r in both(live)]
 
 
-def test_interrupt_ends_it_and_frees_the_port(live: Live) -> None:
-    """The last of this file: it ends the server."""
-    began = time.monotonic()
-    live.process.send_signal(signal.SIGINT)
+def test_interrupt_answers_what_was_asked_and_frees_the_port(live: Live) -> None:
+    """The last of this file: it ends the server. A request is held up in the replica by stopping the actors that it asks."""
+    want, actors = live.here.post("explain", {"inputs": QUERY}).json(), shard_actors(live)
+    with ThreadPoolExecutor(1) as pool:
+        for actor in actors:
+            actor.suspend()
+        waiting = pool.submit(live.post, "explain", {"inputs": QUERY})
+        time.sleep(1)
+        assert not waiting.done()
+        began = time.monotonic()
+        live.process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        for actor in actors:
+            actor.resume()
+        assert waiting.result().json() == want
     rest, _ = live.process.communicate(timeout=30)
     assert (live.process.returncode, rest) == (0, "stopping\n")
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
     check_port("127.0.0.1", int(live.url.rpartition(":")[2]))

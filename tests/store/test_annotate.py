@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.annotate import CHUNK, AnnotateConfig, has_text, key, reject_reason, sources
+from retrikt_ray.store.annotate import CHUNK, AnnotateConfig, decide, has_text, key, reject_reason, sources
+from retrikt_ray.store.rows import ANNOTATED
+from retrikt_ray.task.card import Task
 
 
 def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:
@@ -152,3 +154,35 @@ def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: An
         (3, "generated", "part-00001.parquet", 0, 3),
     ]
     assert pq.read_metadata(pa.BufferReader(Folder(chunks[1]["uri"]).read_bytes(chunks[1]["name"]))).num_rows == CHUNK + 1
+
+
+def test_rows_are_decided_over_the_whole_store(tmp_path: Any) -> None:
+    """Held-out texts of both splits, and duplicates across parts, are kept out of the store; each row ends in one of the two tables."""
+    folders = {name: Folder.at(tmp_path / name) for name in ("task", "generated", "scratch", "store", "rejected")}
+    Task("t", "classification", ("no", "yes"), ("no", "yes"), "{label}: ", False, "accuracy").write(folders["task"])
+    for split, text in (("validation", "a held out film"), ("test", "another held out film")):
+        folders["task"].write_table(f"{split}.parquet", pa.table({"text": [text], "text_pair": pa.array([None], pa.string())}))
+    folders["generated"].write_json("manifest.json", {"fingerprint": "f" * 64})
+
+    def record(code: str, text: str, condition: int | None, value: float | None) -> dict[str, Any]:
+        answer = {"probs": [0.2, 0.8], "embedding": [1.0, 2.0]} if text else {"probs": None, "embedding": None}
+        return {"id": code, "text": text, "text_pair": None, "condition": condition, "value": value, "finished": True} | answer
+
+    parts = {
+        0: [record("train-0", "a fine film", 1, 1.0), record("train-1", "Another held-out film", 0, 0.0)],
+        1: [record("g-0", "A fine film!", 1, None), record("g-1", "a held out film", 0, None), record("g-2", "a new film", 0, None)],
+        2: [record("g-3", "a new  film", 1, None), record("g-4", "", 1, None)],
+    }
+    for part, rows in parts.items():
+        folders["scratch"].write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist(rows, schema=ANNOTATED))
+    chunks = [{"part": part, "source": "task" if part == 0 else "generated"} for part in parts]
+    by_source, reasons = decide(AnnotateConfig(), chunks, folders, folders)
+    assert dict(by_source) == {"task": 1, "generated": 1} and dict(reasons) == {"leakage": 2, "duplicate": 2, "empty": 1}
+    kept = folders["store"].read_tables().to_pylist()
+    assert [(r["id"], r["asked_label"], r["value"], r["source"]) for r in kept] == [
+        ("train-0", "yes", 1.0, "task"),
+        ("g-2", "no", None, "generated"),
+    ]
+    assert {r["created_by"] for r in kept} == {"f" * 16}
+    rejected = {r["id"]: r["reason"] for r in folders["rejected"].read_tables().to_pylist()}
+    assert rejected == {"train-1": "leakage", "g-0": "duplicate", "g-1": "leakage", "g-3": "duplicate", "g-4": "empty"}

@@ -1,0 +1,132 @@
+"""Fitting a student: what its loss is made of, and which weights it keeps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from making.tiny_run import TEXTS, make_student
+from torch.nn.functional import cross_entropy
+
+from retrikt_ray.runtime.training import Solo
+from retrikt_ray.student import fit as fitting
+from retrikt_ray.student import losses
+from retrikt_ray.student.fit import DistillConfig, Rows, distillation, fit, validation_loss
+from retrikt_ray.student.model import Student
+from retrikt_ray.task.texts import Text
+
+ALL: list[Text] = [(text, None) for text in TEXTS]
+INDEX = [0, 3, 6, 7, 11]
+NOTHING = {"kd": 0.0, "relation": 0.0, "retrieval": 0.0, "labels": 0.0, "token_dropout": 0.0}
+
+
+def rows(truth: bool = True) -> Rows:
+    """The texts of the tiny run: six positive ones, of which the teacher is rather sure, then six negative ones; every third has no true label."""
+    sure = torch.tensor([0.9 - 0.05 * i for i in range(6)] + [0.1 + 0.05 * i for i in range(6)])
+    known = torch.tensor([float(i < 6) if truth and i % 3 else math.nan for i in range(12)])
+    embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    return Rows(ALL, torch.stack([1 - sure, sure], 1), embeddings, known)
+
+
+def loss_of(student: Student, some: Rows, index: list[int], **keys: float) -> float:
+    loss, _ = distillation(student, some, DistillConfig(**(NOTHING | keys)))(0, index)
+    return loss.item()
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    student, some = make_student(False, 2, 0), rows()
+    logits, vectors = student.model(**student.tensors([ALL[i] for i in INDEX]))
+    teacher, truth = some.teacher[INDEX], some.truth[INDEX]
+    known = ~torch.isnan(truth)
+    assert known.tolist() == [False, False, False, True, True]
+    assert some.embeddings is not None
+    parts = {
+        "kd": losses.kd(logits, teacher),
+        "relation": losses.relation(vectors, some.embeddings[INDEX], 0.05),
+        "retrieval": losses.retrieval(vectors, teacher, 0.05),
+        "labels": 2 / 5 * cross_entropy(logits[known], truth[known].long()),  # a mean over all rows, of which two have a label
+    }
+    for name, part in parts.items():
+        assert part > 1e-3
+        assert loss_of(student, some, INDEX, **{name: 2.0}) == pytest.approx(2 * part.item(), rel=1e-5)
+    weights = {"kd": 1.0, "relation": 0.3, "retrieval": 1.0, "labels": 0.5}
+    whole = sum(weights[name] * part.item() for name, part in parts.items())
+    assert loss_of(student, some, INDEX, **weights) == pytest.approx(whole, rel=1e-5)
+
+
+def test_parts_that_need_others_or_labels_are_left_out_without_them() -> None:
+    student = make_student(False, 2, 0)
+    every = {"kd": 1.0, "relation": 1.0, "retrieval": 1.0, "labels": 1.0}
+    for some, index in ((rows(truth=False), [4]), (rows(), [0])):
+        assert loss_of(student, some, index, **every) == pytest.approx(loss_of(student, some, index, kd=1.0), rel=1e-6)
+
+
+def test_regression_is_standardised() -> None:
+    student = make_student(False, 1, 0)
+    student.model.shift.fill_(2.0)
+    student.model.scale.fill_(4.0)
+    some = Rows(ALL[:2], torch.tensor([[2.0], [6.0]]), None, torch.tensor([math.nan, 10.0]))
+    logits, _ = student.model(**student.tensors(ALL[:2]))
+    kd = ((logits[:, 0] - torch.tensor([0.0, 1.0])) ** 2).mean().item()
+    assert loss_of(student, some, [0, 1], kd=1.0) == pytest.approx(kd, rel=1e-5)
+    labels = 0.5 * ((logits[1, 0] - 2.0) ** 2).item()
+    assert loss_of(student, some, [0, 1], labels=1.0) == pytest.approx(labels, rel=1e-5)
+
+
+def test_token_dropout_hides_tokens_in_training() -> None:
+    student, some = make_student(False, 2, 0), rows()
+    found = []
+    for dropout in (0.0, 0.0, 0.5, 0.5):
+        torch.manual_seed(len(found))
+        found.append(loss_of(student, some, INDEX, kd=1.0, token_dropout=dropout))
+    assert found[0] == found[1] and len({*found}) == 3
+    assert student.model.training  # so that a transformer drops out, too
+
+
+def test_the_best_weights_on_validation_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation says the opposite of the store, so the first look is the best one, and every further step makes it worse."""
+    monkeypatch.setattr(fitting, "MIN_STEPS", 48)
+    student, some = make_student(False, 2, 0), rows()
+    validation = Rows(ALL, some.teacher, None, torch.tensor([float(i >= 6) for i in range(12)]))
+    looks: list[float] = []
+    config = DistillConfig(batch=4, epochs=1, learning_rate=0.05)
+    session = fit(student, some, validation, config, 0, lambda o, _, total: Watching(o, total, 0, student, validation, looks))
+    assert session.total == 48 and len(looks) == 16  # never fewer steps
+    assert min(looks) == looks[0] < looks[-1] - 0.1
+    assert validation_loss(student, validation) == pytest.approx(looks[0], rel=1e-6)
+    assert not student.model.training
+
+
+class Watching(Solo):
+    """Writes down the loss on validation where `fit` looks: every sixteenth of the way."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, total: int, seed: int, student: Student, validation: Rows, looks: list[float]
+    ) -> None:
+        super().__init__(optimizer, total, seed)
+        self.student, self.validation, self.looks = student, validation, looks
+
+    def done(self, step: int, note: str = "") -> None:
+        if step % (self.total // 16) == 0:
+            self.looks.append(validation_loss(self.student, self.validation))
+
+
+def test_the_same_seed_gives_the_same_student_and_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "MIN_STEPS", 48)
+    students = []
+    for seed in (0, 0, 1):
+        student, some = make_student(False, 2, 0), rows()
+        validation = Rows(ALL, some.teacher, None, torch.tensor([float(i < 6) for i in range(12)]))
+        fit(
+            student,
+            some,
+            validation,
+            DistillConfig(batch=4, epochs=1, learning_rate=0.05),
+            seed,
+            lambda o, _, total, seed=seed: Solo(o, total, seed),
+        )
+        students.append(student.encode(ALL)[0])
+    assert torch.equal(students[0], students[1]) and not torch.equal(students[0], students[2])
+    same = students[0].argmax(1) == some.teacher.argmax(1)
+    assert same.float().mean() >= 0.75  # it has learnt what the teacher says, but for what a bag of words cannot: "never dull"

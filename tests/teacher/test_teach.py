@@ -1,0 +1,104 @@
+"""Training of the generation prompt and the annotator, without Ray: what is learnt, and what is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from retrikt_ray.runtime import training
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.training import Solo
+from retrikt_ray.task.card import Task
+from retrikt_ray.teacher import lm
+from retrikt_ray.teacher.annotator import Annotator
+from retrikt_ray.teacher.prompts import load_prompts
+from retrikt_ray.teacher.teach import TeachConfig, annotator_loop, assess, prompt_loop
+
+TASK = Task("films", "classification", ("bad", "good"), ("bad", "good"), "{label}: ", False, "accuracy")
+GOOD = ["a fine film with a warm heart", "the cast was very fine, the music warm", "never was a plot so brave and so sharp", "a brave play"]
+BAD = ["the play is dull and the cast is weak", "a cold and slow film that nobody needs", "a dull one", "so weak a plot and so slow"]
+
+
+class Alone(Solo):
+    """In place of a Session: no Ray, no checkpoints."""
+
+    def __init__(self, config: dict[str, Any], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> None:
+        super().__init__(optimizer, total, config["seed"])
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "Session", Alone)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Folder:
+    folder = Folder.at(tmp_path / "task")
+    TASK.write(folder)
+    texts, values = BAD + GOOD, [0.0] * 4 + [1.0] * 4
+    table = pa.table({"text": texts, "text_pair": pa.nulls(8, pa.string()), "condition": [int(v) for v in values], "value": values})
+    for split in ("train", "validation"):
+        folder.write_table(f"{split}.parquet", table)
+    return folder
+
+
+def settings(task: Folder, out: Folder, **keys: Any) -> dict[str, Any]:
+    section = TeachConfig(**({"max_tokens": 16, "shared_tokens": 2, "class_tokens": 2, "prompt_batch": 4, "annotator_batch": 4} | keys))
+    return {"section": section.model_dump(), "task": TASK, "task_folder": task, "out": out, "seed": 0}
+
+
+def margin(base: lm.Base, soft: torch.Tensor) -> float:
+    """By how much, in nats, a text is likelier under its own condition's prompt than under the other's; mean over the rows."""
+    ids, mask = base.encode(BAD + GOOD, 16)
+    prefix, own = lm.run_prefix(base, soft, TASK.prefixes), torch.tensor([0] * 4 + [1] * 4)
+    with torch.no_grad():
+        right, wrong = ((lm.log_probs_of(lm.score(base, prefix, c, ids, mask)[0], ids) * mask).sum(1) for c in (own, 1 - own))
+    return float((right - wrong).mean())
+
+
+def test_prompts_learn_the_texts_and_by_the_contrast_their_label(tiny_lm: str, task: Folder, tmp_path: Path) -> None:
+    base, found = lm.Base.load(tiny_lm, "float32"), {}
+    for contrast in (0.0, 4.0):
+        out = Folder.at(tmp_path / f"teacher-{contrast:g}")
+        prompt_loop(settings(task, out, base=tiny_lm, prompt_epochs=10, contrast=contrast))
+        found[contrast] = load_prompts(out)
+        assert found[contrast].shape == (2, 4, 32)
+        assert torch.equal(found[contrast][0, :2], found[contrast][1, :2])  # the shared tokens
+    assert margin(base, found[4.0]) > margin(base, found[0.0]) + 0.5
+    card = Folder.at(tmp_path / "teacher-4").read_json("prompts/001/adapter_config.json")
+    assert (card["num_virtual_tokens"], card["token_dim"], card["base_model_name_or_path"]) == (4, 32, tiny_lm)
+
+
+@pytest.mark.parametrize("kind", ["base", "encoder"])
+def test_words_are_hidden_from_a_language_model_in_training(
+    kind: str, tiny_lm: str, tiny_encoder: str, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows are soon learnt by heart. The first token always stays, and an encoder sees all."""
+    hidden: list[int] = []
+    forward = Annotator.forward
+
+    def watched(self: Annotator, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+        real = ids != self.tokenizer.pad_token_id
+        hidden.append(int((real & (mask == 0)).sum()))
+        assert mask[:, 0].all()
+        return forward(self, ids, mask)
+
+    monkeypatch.setattr(Annotator, "forward", watched)
+    annotator = kind if kind == "base" else tiny_encoder
+    annotator_loop(settings(task, Folder.at(tmp_path / "teacher"), base=tiny_lm, annotator=annotator, annotator_epochs=4))
+    assert len(hidden) == 8 and (sum(hidden) > 0) == (kind == "base")
+
+
+def test_the_annotator_is_calibrated_and_told_of(tiny_encoder: str, task: Folder, tmp_path: Path) -> None:
+    teacher = Folder.at(tmp_path / "teacher")
+    annotator_loop(settings(task, teacher, annotator=tiny_encoder, annotator_epochs=12, annotator_learning_rate=0.01))
+    assert Annotator.load(teacher).temperature == 1.0
+    found = assess(teacher, task, 1)
+    model = Annotator.load(teacher)
+    assert found["validation"] == 1.0 and found["parameters"] == model.parameter_count
+    # On rows that it was trained on it is always right, so the sharpest temperature there is fits best.
+    assert found["temperature"] == model.temperature == 0.5
