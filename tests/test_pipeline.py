@@ -16,7 +16,7 @@ from making.tasks import tiny, write_pair_regression
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.runtime import artifacts
-from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 
@@ -88,6 +88,16 @@ def copied(run: pipeline.Run, target: Path, keep: tuple[str, ...]) -> pipeline.R
     for name in keep:
         shutil.copytree(Path(run.folder.uri) / name, target / name)
     return pipeline.Run(Folder.at(target), run.config)
+
+
+def test_an_altered_input_is_refused_before_anything_is_made_from_it(run: pipeline.Run, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "altered", keep=("task", "teacher", "store", "student"))
+    part = sorted(Path(other.folder.uri).glob("store/part-*.parquet"))[0]
+    data = part.read_bytes()
+    part.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])  # of the same size: only its SHA-256 tells
+    with pytest.raises(ArtifactError, match=rf"{part.name} was altered.*Remove .*/store and run again: annotate"):
+        pipeline.run_all(other, only="index")
+    assert not other.artifact("index").exists()
 
 
 def kill_and_resume(folder: Path, stage: str, begun: str) -> None:

@@ -475,6 +475,18 @@ def test_compaction_takes_over_a_changed_index(tmp_path: Path) -> None:
     assert len(Knowledge.open(run).view.base.card["shards"]) == 3 and Knowledge.open(run).count == 13 and compact(run) is None
 
 
+def test_an_index_made_anew_is_opened_with_the_next_edit(tmp_path: Path) -> None:
+    """A reader that was open before it: the log names another index of the same store, under the same name."""
+    run = make_run(tmp_path / "run")
+    reader = Knowledge.open(run)
+    make_run(tmp_path / "other", shards=3)
+    shutil.rmtree(tmp_path / "run" / "index")
+    shutil.copytree(tmp_path / "other" / "index", tmp_path / "run" / "index")
+    Knowledge.open(run).add([{"text": "one more", "label": "positive"}])
+    assert reader.refresh() and reader.count == 13
+    assert len(reader.view.base.card["shards"]) == 3
+
+
 def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run = make_run(f"memory://altered-{time.time_ns()}/run")
