@@ -124,7 +124,8 @@ def texts_of_inputs(inputs: Any, pair: bool, args: ServeArgs) -> list[Text]:
     try:
         return read_texts(inputs, pair, "inputs")
     except TextError as error:
-        raise Refusal(422, error.found, f"{error.expected}, or a list of such") from None
+        a_text = error.expected.startswith("a ")
+        raise Refusal(422, error.found, f"{error.expected}, or a list of such" if a_text else error.expected) from None
     except RecursionError:  # it could just be parsed, but not be shown
         raise Refusal(422, "inputs is nested too deeply", "a text, or a list of such") from None
 

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from ray import serve
 
+from making.tiny_run import LABELS
 from retrikt_ray.knowledge.view import Hits
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.serving.app import build_app
@@ -107,16 +108,16 @@ def rows_of(predictor: Predictor, hits: Hits, by: str) -> list[list[dict[str, An
     for positions, values in zip(hits.positions.tolist(), hits.scores.tolist(), strict=True):
         found = [(predictor.knowledge.view.row(p), value) for p, value in zip(positions, values, strict=True) if p >= 0]
         for row, value in found:
-            probs = row.pop("teacher_probs")
+            negative, positive = row.pop("teacher_probs")
             del row["asked_label"]
-            label, score = (
-                (f"{probs[0]:.3g}", probs[0])
-                if predictor.task.regression
-                else (predictor.task.labels[int(probs[1] > probs[0])], max(probs))
-            )
-            row |= {"label": label, "score": score, by: value}
+            row |= {"label": LABELS[int(positive > negative)], "score": max(negative, positive), by: value}
         out.append([row for row, _ in found])
     return out
+
+
+def named(answer: Any) -> dict[str, float]:
+    """The scores of an answer (2,) by label."""
+    return dict(zip(LABELS, map(float, answer), strict=True))
 
 
 def scores(answer: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.replica import Endpoint
 
 ANSWER = [{"label": "positive", "score": 0.75}, {"label": "negative", "score": 0.25}]  # of a Stub to every text
-LIMITS = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000}
+LIMITS: dict[str, Any] = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000}
 
 
 class Stub(Endpoint):
@@ -21,18 +21,18 @@ class Stub(Endpoint):
 
     def __init__(self, pair: bool = False, **args: Any) -> None:
         self.args, self.active = ServeArgs(run="x", **args), 0
-        self.predictor: Any = SimpleNamespace(task=SimpleNamespace(pair=pair, labels=LABELS), info=lambda: {"task": "stub"})
+        self.predictor: Any = SimpleNamespace(task=SimpleNamespace(pair=pair, labels=LABELS))
         self.seen: list[Any] = []  # texts that passed the checks
         self.open = asyncio.Event()
         self.open.set()
 
-    async def predict_batch(self, request: Any) -> list[Any]:  # type: ignore[override]
+    async def predict_batch(self, request: Any) -> list[Any]:
         texts, write = request
         self.seen += texts
         await self.open.wait()
         return write(SimpleNamespace(answers=np.array([[0.25, 0.75]] * len(texts))))
 
-    async def retrieve_batch(self, request: Any) -> list[Any]:  # type: ignore[override]
+    async def retrieve_batch(self, request: Any) -> list[Any]:
         texts, asked = request
         self.seen += texts
         return [[{"text": text, **asked.model_dump(exclude={"inputs"})}] for text, _ in texts]

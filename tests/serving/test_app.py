@@ -121,10 +121,11 @@ class Live:
     url: str
     said: list[str]  # its first two lines
     logs: Path
+    client: httpx.Client
     here: Replica  # its shards are in this process, those of the server in actors
 
     def post(self, route: str, body: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/{route}", json=body, timeout=30)
+        return self.client.post(f"/{route}", json=body)
 
     def logged(self, code: str) -> str:
         """The log of the replica, once it has this error id: another process writes it."""
@@ -140,7 +141,7 @@ class Live:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     run, port = str(make_run(tmp_path_factory.mktemp("runs") / "run")), free_port()
     limits = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000}
-    home = Path(tempfile.mkdtemp(prefix="retrikt-"))  # Ray's sockets want a short path
+    home = Path(tempfile.mkdtemp(prefix="serving-"))  # Ray's sockets want a short path
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(home)}
     args = [f"{key}={value}" for key, value in {**limits, "shard_actors": 2}.items()]
     server = subprocess.Popen(
@@ -152,10 +153,11 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         start_new_session=True,
     )
     try:
-        with replica(run, **limits) as here:
+        url = f"http://127.0.0.1:{port}"
+        with replica(run, **limits) as here, httpx.Client(base_url=url, timeout=30) as client:
             assert server.stdout is not None
             said = [server.stdout.readline(), server.stdout.readline()]
-            yield Live(server, run, f"http://127.0.0.1:{port}", said, home / "ray", here)
+            yield Live(server, run, url, said, home / "ray", client, here)
     finally:
         if server.poll() is None:
             server.send_signal(signal.SIGINT)
@@ -182,7 +184,7 @@ def test_answers_are_those_of_a_replica_here_to_the_last_digit(live: Live) -> No
             body = {"inputs": inputs, **more}
             assert live.post(route, body).json() == live.here.post(route, body).json()
     for path in ("/", "/info", "/health", "/openapi.json"):
-        answer, here = httpx.get(live.url + path), live.here.get(path)
+        answer, here = live.client.get(path), live.here.get(path)
         assert (answer.content, answer.status_code) == (here.content, 200)
         for name in ("content-type", "content-security-policy"):
             assert answer.headers.get(name) == here.headers.get(name)
@@ -198,7 +200,7 @@ def test_shards_are_in_actors(live: Live) -> None:
 
 def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
     chunks = (b'{"inputs": "' if i == 0 else b"a" * 1000 for i in range(50))
-    answer = httpx.post(f"{live.url}/predict", content=chunks, headers=JSON)
+    answer = live.client.post("/predict", content=chunks, headers=JSON)
     assert (answer.status_code, answer.json()["error"]) == (413, "the body has more than 4000 bytes")
     for path, content, headers in (
         ("/predict", b"{bad", JSON),
@@ -208,7 +210,7 @@ def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
         ("/nowhere", b"{}", JSON),
         ("/info", b"{}", JSON),
     ):
-        answer, here = httpx.post(live.url + path, content=content, headers=headers), live.here.send(content, path[1:], headers)
+        answer, here = live.client.post(path, content=content, headers=headers), live.here.send(content, path[1:], headers)
         assert (answer.status_code, answer.json(), answer.headers["content-type"]) == (here.status_code, here.json(), "application/json")
 
 
@@ -247,7 +249,7 @@ def test_edits_and_compaction_under_the_server(live: Live) -> None:
     assert [r["id"] for r in edited] == ["new-1", *(r["id"] for r in before[1:])]
     assert knowledge.compact()
     assert both(live) == close_to(edited)
-    assert httpx.get(f"{live.url}/info").json()["store"] == {"rows": 12, "version": 4}
+    assert live.client.get("/info").json()["store"] == {"rows": 12, "version": 4}
     fresh = shard_actors(live)
     assert len(fresh) == 2 and not set(fresh) & set(actors)
 
@@ -280,7 +282,7 @@ def test_interrupt_answers_what_was_asked_and_frees_the_port(live: Live) -> None
         assert not waiting.done()
         began = time.monotonic()
         live.process.send_signal(signal.SIGINT)
-        time.sleep(1)
+        time.sleep(0.5)
         for actor in actors:
             actor.resume()
         assert waiting.result().json() == want

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from making.serving_local import listening, replica, scores
-from making.tiny_run import LABELS, make_run
+from making.serving_local import listening, named, replica, scores
+from making.tiny_run import make_run
 
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.serving.replica import build_api
@@ -44,7 +44,7 @@ def client(*args: str) -> subprocess.CompletedProcess[str]:
 def test_one_json_line_per_text(run: str, single: str) -> None:
     done = client("--url", single, "a fine film", "so weak")
     assert done.returncode == 0, done.stderr
-    want = [dict(zip(LABELS, map(float, row), strict=True)) for row in Predictor.open(run).predict(["a fine film", "so weak"]).answers]
+    want = [named(row) for row in Predictor.open(run).predict(["a fine film", "so weak"]).answers]
     assert [scores(json.loads(line)) for line in done.stdout.splitlines()] == want
 
 

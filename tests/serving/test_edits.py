@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making.serving_local import Replica, close_to, replica, scores
-from making.tiny_run import LABELS, make_run
+from making.serving_local import Replica, close_to, named, replica, scores
+from making.tiny_run import make_run
 
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
@@ -40,7 +40,7 @@ def store_of(served: Replica) -> dict[str, int]:
 
 def expected(run: str) -> dict[str, float]:
     """What a Predictor that is opened now answers."""
-    return dict(zip(LABELS, map(float, Predictor.open(run).predict(QUERY).answers[0]), strict=True))
+    return named(Predictor.open(run).predict(QUERY).answers[0])
 
 
 def test_edits_are_seen_at_once(run: str, served: Replica) -> None:

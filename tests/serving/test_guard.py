@@ -84,7 +84,8 @@ def test_names_of_headers_have_no_case() -> None:
 
     for names in (("content-type", "content-length"), ("Content-Type", "Content-Length"), ("CONTENT-TYPE", "CONTENT-LENGTH")):
         for values, status in (((b"application/json", b"10"), 200), ((b"text/plain", b"10"), 415), ((b"application/json", b"11"), 413)):
-            headers, sent = [(name.encode(), value) for name, value in zip(names, values, strict=True)], []
+            sent: list[Any] = []
+            headers = [(name.encode(), value) for name, value in zip(names, values, strict=True)]
             call(Guard(app, 10), sent, method="POST", path="/x", headers=headers)
             assert sent[0]["status"] == status
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from making.serving_local import Replica, close_to, replica, rows_of, scores
+from making.serving_local import Replica, close_to, named, replica, rows_of, scores
 from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray import __version__
@@ -43,10 +43,6 @@ def predictor(run: str) -> Predictor:
 
 def query(*texts: str) -> list[Text]:
     return [(text, None) for text in texts]
-
-
-def named(answer: Any) -> dict[str, float]:
-    return dict(zip(LABELS, map(float, answer), strict=True))
 
 
 def expected_scores(predictor: Predictor, text: str) -> dict[str, float]:
