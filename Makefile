@@ -35,8 +35,8 @@ install-bench: $(VENV)/.bench
 quickstart: install ## The whole run on the packaged task and language model, offline, a few minutes
 	$(BIN)/retrikt quickstart --out $(RUN)
 
-test: install-dev ## All tests but the slow and GPU ones
-	$(BIN)/python -m pytest
+test: install-dev ## All tests but the slow and GPU ones, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install-dev ## The slow tests
 	$(BIN)/python -m pytest -m slow

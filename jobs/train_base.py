@@ -79,14 +79,11 @@ def loop(config: dict[str, Any]) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             return model(input_ids=ids, labels=ids).loss
 
-    for step in range(session.start, len(batches)):
-        mine = session.mine(batches[step])
-        session.set_rate(step)
-        loss = loss_of(windows[sorted(mine)]) if mine else None
-        if loss is not None:
-            loss.backward()
-        session.update(len(mine) / len(batches[step]))
-        session.done(step + 1, f"loss {loss.item():.3f}" if loss is not None else "")
+    def step_loss(step: int, rows: list[int]) -> tuple[Any, str]:
+        loss = loss_of(windows[sorted(rows)])
+        return loss, f"loss {loss.item():.3f}"
+
+    training.run(session, batches, step_loss)
     if session.rank == 0:
         with torch.no_grad():
             parts = [loss_of(held_out[i : i + 64]).item() * len(held_out[i : i + 64]) for i in range(0, len(held_out), 64)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from click.testing import CliRunner
 
 from retrikt_ray import config
 from retrikt_ray.cli import main
-from retrikt_ray.pipeline import Run
-from retrikt_ray.predictor import Prediction
 
 REPO = Path(__file__).resolve().parent.parent
 TEXTS = [REPO / "README.md", *sorted(REPO.glob("docs/*.md")), *sorted(REPO.glob("*/README.md"))]
@@ -84,22 +81,6 @@ def test_files_in_the_readme_exist() -> None:
             assert modules <= words, f"README's line of {name}/ lacks {modules - words}"
     folders = {p.parent.name for p in package.glob("*/__init__.py")}
     assert folders <= set(re.findall(r"^  ([a-z]+)/", rest, re.M)) | {"runtime"}
-
-
-def test_the_python_of_the_texts_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's lines and docs/python.md's, one after the other, beside a config and a run that is finished."""
-    (tmp_path / "my.yaml").write_bytes(Path(run, "config.yaml").read_bytes())
-    monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "docs/python.md"):
-        shutil.rmtree("runs", ignore_errors=True)
-        shutil.copytree(run, "runs/mine")
-        names: dict[str, object] = {}
-        found = blocks(REPO / page, "python")
-        assert found
-        for text in found:
-            exec(compile(text, page, "exec"), names)
-        answer = names["answer"]
-        assert isinstance(answer, Prediction) and len(answer.labels) == len(answer.neighbours) > 0
 
 
 def test_embedded_model_is_small_enough_to_ship() -> None:

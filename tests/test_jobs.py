@@ -102,11 +102,12 @@ def submission(env: dict[str, str], *entrypoint: str) -> list[str]:
     return [*command, '--runtime-env-json={"excludes": ["runs", ".git", ".venv"]}', "--", *entrypoint]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def whole_run(head: dict[str, str], checkout: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The whole run as a job, writing whole.log and run/ in the checkout's runs/: begun before the first test and looked at by the last.
+    """The whole run as a job, which writes whole.log and run/ in the checkout's runs/.
 
-    Much of it is waiting for one process of Ray after the other; what the other tests ask of the cluster goes on beside it.
+    Begun by the first test and looked at by the last: much of it is waiting for one process of Ray after the other, and what the tests between
+    them ask of the cluster goes on beside it.
     """
     command = submission(head, sys.executable, "jobs/run.py", "tiny.yaml", "--out", str(checkout / "runs" / "run"))
     with open(checkout / "runs" / "whole.log", "wb") as log:
@@ -117,8 +118,8 @@ def whole_run(head: dict[str, str], checkout: Path) -> Iterator[subprocess.Popen
 
 
 @pytest.fixture(scope="module")
-def failed(head: dict[str, str], checkout: Path) -> subprocess.CompletedProcess[str]:
-    """A job that lists its working directory and then runs a stage on a run that is not there."""
+def failed(head: dict[str, str], checkout: Path, whole_run: subprocess.Popen[bytes]) -> subprocess.CompletedProcess[str]:
+    """A job that lists its working directory and then runs a stage on a run that is not there, beside the whole run."""
     command = submission(head, "sh", "-c", f"ls && exec {sys.executable} jobs/stage.py generate nothing")
     return subprocess.run(command, cwd=checkout, env=head, capture_output=True, text=True)
 

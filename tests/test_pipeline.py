@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,11 @@ import yaml
 from making.tasks import tiny, write_pair_regression
 
 from retrikt_ray import config, pipeline
+from retrikt_ray.predictor import Prediction
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 
+REPO = Path(__file__).resolve().parents[1]
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 
 
@@ -79,6 +82,22 @@ def test_one_and_two_workers_generate_the_same_bytes(run: pipeline.Run, tmp_path
     names = [n for n in two.files() if n.endswith(".parquet")]
     assert len(names) == 6 and names == [n for n in one.files() if n.endswith(".parquet")]
     assert all(two.read_bytes(n) == one.read_bytes(n) for n in names)
+
+
+def test_the_python_of_the_texts_runs(run: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's lines and docs/python.md's, one after the other, beside a config and a run that is finished."""
+    (tmp_path / "my.yaml").write_bytes(Path(run, "config.yaml").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for page in ("README.md", "docs/python.md"):
+        shutil.rmtree("runs", ignore_errors=True)
+        shutil.copytree(run, "runs/mine")
+        names: dict[str, object] = {}
+        found = re.findall(r"```python\n(.*?)```", (REPO / page).read_text(), re.S)
+        assert found
+        for text in found:
+            exec(compile(text, page, "exec"), names)
+        answer = names["answer"]
+        assert isinstance(answer, Prediction) and len(answer.labels) == len(answer.neighbours) > 0
 
 
 def copied(run: pipeline.Run, target: Path, keep: tuple[str, ...]) -> pipeline.Run:

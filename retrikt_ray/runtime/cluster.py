@@ -54,6 +54,7 @@ def connect(log_file: Path | None = None) -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on the loopback interface
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes its nodes away: a process less a training
             ray.init(
                 address="local",
                 num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
