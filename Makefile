@@ -36,7 +36,7 @@ quickstart: install ## The whole run on the packaged task and language model, of
 	$(BIN)/retrikt quickstart --out $(RUN)
 
 test: install-dev ## All tests but the slow and GPU ones, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install-dev ## The slow tests
 	$(BIN)/python -m pytest -m slow

@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
 torch.set_num_threads(1)
 
+LONGEST = ("test_pipeline.py", "test_jobs.py", "test_wheel.py", "test_app.py")  # begun first, so that no worker ends with them alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 SENTENCES = [
     "a fine film with a warm heart",
     "the play is dull and the cast is weak",

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     env.pop("RAY_ADDRESS", None)
     command = [RAY, "start", "--head", "--block", "--num-cpus=3", f"--port={gcs}", "--node-ip-address=127.0.0.1"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    command += [f"--temp-dir={tmp_path_factory.mktemp('ray')}", "--disable-usage-stats"]
+    sockets = tempfile.mkdtemp(prefix="head-")  # a path of pytest's own would be too long for the name of a socket
+    command += [f"--temp-dir={sockets}", "--disable-usage-stats"]
     log = tmp_path_factory.mktemp("head") / "head.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -58,6 +60,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # nothing of it is kept; SIGTERM to the group takes until its timeout
         process.wait()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def wait_until_up(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
