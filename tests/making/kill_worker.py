@@ -14,35 +14,13 @@ from typing import Any
 
 import faiss
 import torch
+from tiny_run import WORDS  # beside this file: it runs as a script
 
 from retrikt_ray.index.lexical import counted
 from retrikt_ray.index.vectors import StudentVectors
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import Folder
-
-WORDS = [
-    "a",
-    "the",
-    "film",
-    "play",
-    "plot",
-    "cast",
-    "is",
-    "was",
-    "fine",
-    "warm",
-    "brave",
-    "sharp",
-    "dull",
-    "cold",
-    "slow",
-    "weak",
-    "and",
-    "but",
-    "very",
-    "never",
-]
 
 
 def choose(rng: random.Random, ids: list[str], labels: list[str]) -> dict[str, Any]:
