@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime.training import Session
 
-VERSION = 1
+VERSION = 2
 
 
 class ReinforceConfig(Scaled):

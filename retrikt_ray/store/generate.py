@@ -21,7 +21,7 @@ from retrikt_ray.store.rows import GENERATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import split_pair
 
-VERSION = 1
+VERSION = 2
 
 
 class GenerateConfig(Scaled):

@@ -69,14 +69,28 @@ class Base:
     def eos(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
-    def encode(self, texts: list[str], max_tokens: int, end: bool = True) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, right-padded: two (B, T) tensors. With `end`, texts that fit are closed by <eos>."""
-        rows = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    def encode(self, texts: list[str], max_tokens: int, end: bool = True, after: str = "") -> tuple[Tensor, Tensor]:
+        """Token ids and mask, right-padded: two (B, T) tensors. With `end`, texts that fit are closed by <eos>.
+
+        after: the readable start that the texts follow, "positive: ", whose last space is the texts' first (`head_of`). They get the tokens that
+        they have behind it; those of the start itself are not among them.
+        """
+        rows = self.tokenizer([after + text for text in texts], add_special_tokens=False)["input_ids"]
+        head = self.tokenizer(head_of(after), add_special_tokens=False)["input_ids"] if after else []
+        if any(row[: len(head)] != head for row in rows):  # a token reaches over the boundary: then as a text of its own
+            rows, head = self.tokenizer([after[len(head_of(after)) :] + text for text in texts], add_special_tokens=False)["input_ids"], []
+        rows = [row[len(head) :] for row in rows]
         rows = [([*r, self.eos] if end else r)[:max_tokens] or [self.eos] for r in rows]
         return pad_rows(rows, self.eos, self.device)
 
     def decode(self, ids: Tensor, mask: Tensor) -> list[str]:
         return [self.tokenizer.decode(row[m.bool()].tolist(), skip_special_tokens=True) for row, m in zip(ids, mask, strict=True)]
+
+
+def head_of(template: str) -> str:
+    """A template without the space at its end. Tokenizers keep a space with the word behind it: left with the template it is a token that no
+    text was ever written after, and what a language model then writes begins with rubbish."""
+    return template.rstrip(" ")
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -112,7 +126,9 @@ def prefix_embeddings(base: Base, soft: Tensor, templates: list[str]) -> list[Te
     bos = [base.tokenizer.bos_token_id] if base.tokenizer.bos_token_id is not None else []
     out = []
     for prompt, template in zip(soft, templates, strict=True):
-        ids = torch.tensor(bos + base.tokenizer(template, add_special_tokens=False)["input_ids"], dtype=torch.long, device=base.device)
+        ids = torch.tensor(
+            bos + base.tokenizer(head_of(template), add_special_tokens=False)["input_ids"], dtype=torch.long, device=base.device
+        )
         hard = base.embed(ids)
         out.append(torch.cat([prompt.to(hard.dtype), hard]))
     return out

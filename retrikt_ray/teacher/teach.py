@@ -20,7 +20,7 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, texts_of
 
-VERSION = 2
+VERSION = 3
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 
@@ -83,7 +83,7 @@ def prompt_loop(config: dict[str, Any]) -> None:
     def loss_of(step: int, rows: list[int]) -> tuple[Tensor, str]:
         rng = random.Random(f"{config['seed']}:contrast:{step}")  # over the whole batch: a row's rival does not depend on the workers
         rivals = {row: rng.choice([i for i in range(len(prefixes)) if i != conditions[row]]) for row in batches[step]}
-        ids, mask = base.encode([texts[row] for row in rows], c.max_tokens)
+        ids, mask = base.encode([texts[row] for row in rows], c.max_tokens, after=prefixes[0])
         right = torch.tensor([conditions[row] for row in rows], device=base.device)
         wrong = torch.tensor([rivals[row] for row in rows], device=base.device)
         prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), prefixes, right, wrong)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
 
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.lm import Base, InverseCDF
@@ -32,7 +35,7 @@ def soft(base: Base) -> Tensor:
 
 def plain_forward(base: Base, soft: Tensor, condition: int, ids: list[int]) -> tuple[Tensor, Tensor]:
     """Logits and states that predict each of `ids`: one unpadded pass over [soft, <bos>, template, text], without a cache."""
-    head = [base.tokenizer.bos_token_id, *base.tokenizer(TEMPLATES[condition], add_special_tokens=False)["input_ids"]]
+    head = [base.tokenizer.bos_token_id, *base.tokenizer(TEMPLATES[condition].rstrip(), add_special_tokens=False)["input_ids"]]
     embeds = torch.cat([soft[condition], base.embed(torch.tensor(head + ids))])[None]
     out = base.model(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
     first = soft.shape[1] + len(head) - 1
@@ -65,6 +68,31 @@ def test_encode_and_decode(base: Base) -> None:
     assert base.encode([""], 10, end=False)[0].tolist() == [[base.eos]]  # a model needs at least one token
 
 
+@pytest.mark.parametrize("space", ["byte-level", "metaspace"])
+def test_a_text_behind_a_template_has_the_tokens_that_it_has_there(space: str, base: Base) -> None:
+    """The template's last space belongs to the text's first word: apart, it would be a token that no text was ever written after."""
+    if space == "metaspace":  # as Llama's: every text begins with a space of the tokenizer's own
+        vocabulary = {"<eos>": 0, "▁a": 1, "▁fine": 2, "▁good": 3, ":": 4, "▁": 5, "fine": 6, "<unk>": 7, "a": 8}
+        plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        plain.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Split(":", "isolated")])
+        plain.decoder = decoders.Metaspace()
+        base = replace(base, tokenizer=PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>"))
+    tokens = base.tokenizer
+    for template in ("good: ", "good:"):
+        ids, mask = base.encode(["fine a", "a"], 9, after=template)
+        head = tokens(template.rstrip(), add_special_tokens=False)["input_ids"]
+        for text, row, length in zip(("fine a", "a"), ids.tolist(), mask.sum(1).tolist(), strict=True):
+            assert row[: length - 1] == tokens(template + text, add_special_tokens=False)["input_ids"][len(head) :]
+            assert row[length - 1] == base.eos
+            assert base.decode(torch.tensor([row[: length - 1]]), torch.ones(1, length - 1))[0].strip() == text
+
+
+def test_a_prefix_ends_before_its_space(base: Base, soft: Tensor) -> None:
+    with_space, without = (lm.prefix_embeddings(base, soft[:1], [t])[0] for t in ("positive: ", "positive:"))
+    assert torch.equal(with_space, without)
+    assert len(with_space) == 5 + 1 + len(base.tokenizer("positive:", add_special_tokens=False)["input_ids"])
+
+
 def test_pad_rows() -> None:
     ids, mask = lm.pad_rows([[5], [6, 7, 8]], 9, torch.device("cpu"))
     assert ids.tolist() == [[5, 9, 9], [6, 7, 8]] and mask.tolist() == [[1, 0, 0], [1, 1, 1]]
@@ -81,7 +109,7 @@ def test_prefix_and_score_equal_a_plain_forward(base: Base, soft: Tensor) -> Non
             want_logits, want_hidden = plain_forward(base, soft, condition, ids[i, :real].tolist())
             assert_close(logits[i, :real], want_logits, rtol=0, atol=2e-5)
             assert_close(hidden[i, :real], want_hidden, rtol=0, atol=2e-5)
-    lengths = [5 + 1 + len(base.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in TEMPLATES]
+    lengths = [5 + 1 + len(base.tokenizer(t.rstrip(), add_special_tokens=False)["input_ids"]) for t in TEMPLATES]
     assert prefix.mask.sum(1).tolist() == lengths and len(set(lengths)) == 3
 
 
@@ -185,7 +213,11 @@ def test_mask_ends_with_the_first_eos(base: Base, soft: Tensor) -> None:
         ended += base.eos in row
         assert m == [1] * size + [0] * (12 - size)
     assert 5 <= ended < 900
-    assert ids[ids[:, 0] == base.eos].ne(base.eos).any()  # a row that ended at once was fed on with its batch; the mask hides it
+    # A row that ends at once is fed on with its batch; the mask hides it.
+    prefix.last_logits[:, base.eos] += 5
+    ids, mask = lm.sample(base, prefix, torch.arange(90) % 3, list(range(90)), 12)
+    at_once = ids[:, 0] == base.eos
+    assert ids[at_once].ne(base.eos).any() and mask[at_once].tolist() == [[1] + [0] * 11] * int(at_once.sum())
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.5)])

@@ -70,7 +70,7 @@ def test_peft_reads_the_adapters_and_gives_the_same_logits(base: Base, tiny_lm: 
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     for i, template in enumerate(templates):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), str(tmp_path / "prompts" / f"{i:03d}")).eval()
-        head = [tokenizer.bos_token_id, *tokenizer(template, add_special_tokens=False)["input_ids"]]
+        head = [tokenizer.bos_token_id, *tokenizer(template.rstrip(), add_special_tokens=False)["input_ids"]]
         line = torch.tensor([head + ids[i].tolist()])
         with torch.no_grad():
             theirs = model(input_ids=line, attention_mask=torch.ones_like(line)).logits[0]

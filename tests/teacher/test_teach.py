@@ -63,7 +63,7 @@ def test_prompts_are_trained_by_likelihood_and_contrast(
     batch, loss_of = found[0.0]
     base, soft = lm.Base.load(tiny_lm, "float32"), load_prompts(Folder.at(tmp_path / "teacher"))  # as they were before training
     own = torch.tensor([int(row >= 4) for row in batch])
-    ids, mask = base.encode([(BAD + GOOD)[row] for row in batch], 16)
+    ids, mask = base.encode([(BAD + GOOD)[row] for row in batch], 16, after=TASK.prefixes[0])
     prefix = lm.run_prefix(base, soft, TASK.prefixes)
     with torch.no_grad():
         right, wrong = ((lm.log_probs_of(lm.score(base, prefix, c, ids, mask)[0], ids) * mask).sum(1) for c in (own, 1 - own))
