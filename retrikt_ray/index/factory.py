@@ -1,7 +1,7 @@
 """Which FAISS index: chosen from rows, dimensions, a memory budget and a latency target.
 
 The most exact kind that fits both is taken. Bytes per row are what FAISS stores; times are estimates from bytes touched at a modest memory
-bandwidth, good to a factor of two or so: they choose a kind, they promise nothing. What the built index does is measured (recall, `shards.py`)
+bandwidth, good to a factor of two or so: they choose a kind, they promise nothing. What the built index does is measured (recall, `build.py`)
 and can be timed with `make bench-index-query`.
 """
 

@@ -148,7 +148,7 @@ def annotator_loop(config: dict[str, Any]) -> None:
 def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `teacher/`: prompts/ (PEFT adapters), classifier/, teacher.json.
 
-    1. Train the generation prompt.  2. Train the annotator.  3. Calibrate and judge the annotator on validation.
+    1. Train the generation prompt.  2. Train the annotator.  3. Calibrate and assess the annotator on validation.
     """
     import ray
 
@@ -174,7 +174,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     if not teacher.exists("classifier/classifier.json"):
         launch(annotator_loop, common, workers, scratch, "annotator", "teach: annotator")
 
-    # 3. calibrate and judge it
+    # 3. calibrate and assess it
     judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(assess).remote(teacher, inputs["task"], workers.threads))
     teacher.write_json(
         "teacher.json",
