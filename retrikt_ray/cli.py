@@ -111,6 +111,22 @@ def quickstart(overrides: tuple[str, ...], out: str) -> None:
     finish(pipeline.run(None, out, overrides))
 
 
+@main.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[key=value]...")
+@click.option("--out", default="runs/bench", show_default=True, help="Directory or URI of the runs and cells.")
+def bench(config: str, overrides: tuple[str, ...], out: str) -> None:
+    """Compare systems over tasks and seeds; what is measured is not measured again."""
+    from retrikt_ray.bench import settings
+    from retrikt_ray.bench.bench import bench as run_bench
+    from retrikt_ray.bench.table import markdown_all
+    from retrikt_ray.runtime.folders import Folder
+
+    text = markdown_all(run_bench(settings.load(config, overrides), out))
+    Folder.at(out).write_bytes("bench.md", text.encode())
+    click.echo(text)
+
+
 def stage_command(name: str, summary: str) -> click.Command:
     """The command of a stage: `retrikt generate RUN [key=value ...]`."""
 

@@ -61,8 +61,8 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode, deep: bool = 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A config from YAML text and `key.path=value` overrides. Raises ConfigError that names the key and the nearest valid one."""
+def mapping(text: str, where: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sections from YAML text and `key.path=value` overrides. Raises ConfigError that says where it is not such."""
     try:
         data = yaml.load(text, _StrictLoader)
     except yaml.YAMLError as error:
@@ -74,6 +74,12 @@ def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{where}: found {type(data).__name__}, expected a mapping of sections such as `prepare:`")
     for item in overrides:
         override(data, item)
+    return data
+
+
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A config from YAML text and `key.path=value` overrides. Raises ConfigError that names the key and the nearest valid one."""
+    data = mapping(text, where, overrides)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

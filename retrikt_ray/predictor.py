@@ -1,4 +1,4 @@
-"""Prediction with evidence: the student's own answer mixed with the votes of the rows it retrieves (`index/mixture.py`).
+"""Prediction with evidence: the student's own answer mixed with what it retrieves: rows and n-grams (`index/mixture.py`).
 
 predictor = Predictor.open("runs/mine")
 answer = predictor.predict("There is water coming through the ceiling")    # or ("a text", "its second text"), or a list of such
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrikt_ray.index.mixture import Mixture, Votes, mix
+from retrikt_ray.index.mixture import Mixture, Voice, Votes, mix, voices_of
+from retrikt_ray.index.ngrams import Spoken
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Hits, Neighbour, Opener, Places, View
 from retrikt_ray.runtime.artifacts import check
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from retrikt_ray.student.model import Student
 
 SHOWN = 5  # neighbours of a text in a notebook
+MOST_SPOKEN = 8  # n-grams of a text that are named
 
 
 def votes_of(hits: Hits | None) -> Votes | None:
@@ -41,6 +43,7 @@ class Prediction:
     student: np.ndarray  # (Q, C) the student's own
     dense: Hits | None  # the nearest rows; None where they were not asked for
     lexical: Hits | None  # the rows that share most words
+    voices: dict[str, Voice]  # what spoke beside the student: dense, lexical, ngrams
     view: View  # of the knowledge that answered
 
     @property
@@ -63,10 +66,18 @@ class Prediction:
         """The rows of the store that share most words with each text."""
         return self.view.neighbours(self.lexical, "bm25") if self.lexical else [[] for _ in self.answers]
 
+    @property
+    def ngrams(self) -> list[list[Spoken]]:
+        """The words and word pairs of each text that say most for (above 0) or against its answer, by the n-gram memory; strongest first."""
+        return [
+            self.view.ngrams.spoken(text, int(answer.argmax()), MOST_SPOKEN) for text, answer in zip(self.texts, self.answers, strict=True)
+        ]
+
     def part(self, low: int, high: int) -> Prediction:
         """Of the texts low .. high - 1."""
         dense, lexical = (h and h.part(low, high) for h in (self.dense, self.lexical))
-        return Prediction(self.texts[low:high], self.answers[low:high], self.student[low:high], dense, lexical, self.view)
+        voices = {name: (said[low:high], found[low:high]) for name, (said, found) in self.voices.items()}
+        return Prediction(self.texts[low:high], self.answers[low:high], self.student[low:high], dense, lexical, voices, self.view)
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -130,7 +141,9 @@ class Predictor:
         answers, vectors = (x.numpy() for x in self.student.encode(texts))
         dense = view.search(vectors, m.k) if m.dense or evidence else None
         lexical = view.search_words(texts, m.lexical_k) if m.lexical or evidence else None
-        return Prediction(texts, mix(answers, votes_of(dense), votes_of(lexical), m), answers, dense, lexical, view)
+        ngrams = view.ngrams.answers(texts) if m.ngrams or evidence else None
+        voices = voices_of(votes_of(dense), votes_of(lexical), ngrams, m)
+        return Prediction(texts, mix(answers, voices, m), answers, dense, lexical, voices, view)
 
     def retrieve(self, texts: Sequence[Text], k: int, **where: str | None) -> Hits:
         """The k nearest rows of each text that was read already; label=, source=: only such rows."""
@@ -147,5 +160,6 @@ class Predictor:
             "student": {"kind": self.student.model.config.kind, "parameters": self.student.model.parameter_count},
             "store": {"rows": view.count, "version": view.version},
             "index": {"factory": view.base.card["factory"], "shards": len(view.base.card["shards"]), "width": view.base.card["width"]},
+            "ngrams": {"ngrams": len(view.ngrams.keys), "numbers": view.ngrams.numbers},
             "mixture": asdict(self.mixture),
         }

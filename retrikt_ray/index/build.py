@@ -16,7 +16,9 @@ import pyarrow as pa
 from pydantic import Field
 
 from retrikt_ray.index.factory import choose
+from retrikt_ray.index.learning import learn
 from retrikt_ray.index.lexical import Postings
+from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher, allowing, longest, merge, with_probes
 from retrikt_ray.index.vectors import StudentVectors, Vectors
 from retrikt_ray.runtime.cluster import Workers, each, widest
@@ -196,8 +198,20 @@ def measure(folder: Folder, queries: np.ndarray, tries: tuple[int, ...], truth: 
 
 
 def build_index(
-    config: IndexConfig, store: Folder, student: Folder, out: Folder, queries: np.ndarray, *, seed: int, workers: Workers | None
+    config: IndexConfig,
+    store: Folder,
+    student: Folder,
+    out: Folder,
+    queries: np.ndarray,
+    *,
+    seed: int,
+    workers: Workers | None,
+    memory: Memory | None = None,
 ) -> dict[str, Any]:
-    """Dense and lexical shards over a store, and index.json, which is returned. queries: (Q, width), to measure recall with."""
+    """Dense and lexical shards and the n-gram memory over a store, and index.json, which is returned.
+
+    queries: (Q, width), to measure recall with. memory: the n-gram memory where there is one already, else it is learnt.
+    """
+    (memory or learn(store, seed, workers)).write(out)
     vectors = StudentVectors(student, queries.shape[1], workers.threads if workers else 1)
     return build(config, Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers)

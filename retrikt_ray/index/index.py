@@ -1,4 +1,4 @@
-"""Stage 7, index: the student's vectors of the store in FAISS shards, its words in postings, and the mixture that uses both."""
+"""Stage 7, index: the student's vectors of the store in FAISS shards, its words in postings, its n-gram memory, and the mixture of their voices."""
 
 from __future__ import annotations
 
@@ -8,44 +8,52 @@ from typing import Any
 import numpy as np
 
 from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.learning import learn
 from retrikt_ray.index.lexical import Lexical
 from retrikt_ray.index.mixture import MOST, Votes, fit_mixture
+from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
-from retrikt_ray.index.vectors import encode_validation
+from retrikt_ray.index.vectors import StudentVectors, encode_validation
 from retrikt_ray.runtime.cluster import each, plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.store.rows import read_labels
-from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
+from retrikt_ray.task.metrics import one_hot
+from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 3
+VERSION = 4
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, index.json, mixture.json.
+    """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, ngrams.arrow, index.json, mixture.json.
 
-    1. Validation rows by the student.  2. Build the shards over the store.  3. Fit the mixture on validation.
+    1. Validation rows by the student.  2. Build over the store.  3. Fit the mixture on rows that nothing has learnt from.
     """
+    from retrikt_ray.student.rows import held_out
+
     workers, folder = plan(config, "index"), out["index"]
     # 1. validation
-    answers, queries = each(encode_validation, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0]
+    queries = each(encode_validation, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0][1]
     # 2. build
     card = build_index(config, inputs["store"], inputs["student"], folder, queries, seed=seed, workers=workers)
     # 3. the mixture
-    fitted = each(fit_on_validation, [(inputs, folder, answers, queries)], workers, "index: mixture")[0]
+    held = held_out(inputs["store"], seed)
+    memory = learn(inputs["store"], seed, workers, leave_out=held)
+    fitted = each(fit_on_unseen, [(inputs, folder, held, memory, workers.threads)], workers, "index: mixture")[0]
     folder.write_json("mixture.json", fitted)
     measured = {"recall_at_10": card["recall"]["value"]} if card["recall"] else {}
-    shown = {k: fitted[k] for k in ("student", "dense", "lexical")}
+    shown = {k: fitted[k] for k in ("student", "dense", "lexical", "ngrams")}
     return {"rows": card["rows"], "chosen": card["why"], "shards": len(card["shards"])} | measured | shown
 
 
-def fit_on_validation(inputs: dict[str, Folder], folder: Folder, answers: np.ndarray, queries: np.ndarray) -> dict[str, Any]:
-    """Search the validation rows in the new shards and fit the mixture (a Ray task)."""
-    table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
+def fit_on_unseen(inputs: dict[str, Folder], folder: Folder, held: np.ndarray, memory: Memory, threads: int) -> dict[str, Any]:
+    """Fit the mixture on the validation rows and on the held-out rows of the store, which their neighbours are found without (a Ray task)."""
     labels = read_labels(inputs["store"])
-    votes = []
-    for positions, similarities in (
-        Searcher.unsealed(folder, join=False).search(queries, MOST),
-        Lexical.unsealed(folder).search(texts_of(table), MOST),
-    ):
-        votes.append(Votes(similarities, labels[positions]))
-    return asdict(fit_mixture(np.array(table["value"].to_pylist()), answers, *votes))
+    table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
+    texts: list[Text] = texts_of(table) + texts_of(inputs["store"].read_tables(columns=[*TEXT_COLUMNS]).take(held))
+    targets = np.concatenate([one_hot(np.array(table["value"].to_pylist()), labels.shape[1]), labels[held]])
+    answers, vectors = (x.numpy() for x in StudentVectors(inputs["student"], 0, threads).load()[0].encode(texts))
+    others = np.ones(len(labels), bool)
+    others[held] = False
+    found = Searcher.unsealed(folder, join=False).search(vectors, MOST, others), Lexical.unsealed(folder).search(texts, MOST, others)
+    dense, lexical = (Votes(scores, labels[positions]) for positions, scores in found)
+    return asdict(fit_mixture(targets, answers, dense, lexical, memory.answers(texts)))

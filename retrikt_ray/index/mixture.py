@@ -1,36 +1,48 @@
-"""How the student and the rows that it retrieves are mixed, and the fitting of that mixture. Pure functions of arrays.
+"""How the student and what it retrieves are mixed, and the fitting of that mixture. Pure functions of arrays.
 
-p = (1 - d - l) p_student + d p_dense + l p_lexical, where p_dense is the mean of the nearest rows' teacher labels, weighted by softmax of
-similarity / tau over k, and p_lexical the same over the rows with the highest BM25 scores. Weights, k and tau are fitted on validation by
-the index stage. In regression the same mixture is of values.
+Four voices: the student; `dense`, the mean of the nearest rows' teacher labels, weighted by softmax of similarity / tau over k;
+`lexical`, the same over the rows with the highest BM25 scores; `ngrams`, the n-gram memory. The answer is their logarithmic opinion pool
+(Genest & Zidek, Statistical Science 1986): p is proportional to the product of p_voice ^ weight. In regression it is the weighted mean.
+A voice that finds nothing for a text leaves its weight to the student.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from retrikt_ray.task.metrics import loss
+from retrikt_ray.task.metrics import losses
+
+KS, MOST = (8, 16, 32, 64), 64
+TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
+FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
+NAMES = ("student", "dense", "lexical", "ngrams")
+DOUBT = {"lexical": 3.0}  # standard errors that a voice must gain, else 1: BM25 takes longer than everything else in an answer
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How much the student and its neighbours count, and how neighbours vote."""
+    """How much each voice counts, and how neighbours vote. In regression the weights add up to 1."""
 
     student: float
     dense: float
     lexical: float
+    ngrams: float
     k: int
     tau: float
     lexical_k: int
     lexical_tau: float  # in units of BM25 scores
 
+    def shares(self) -> dict[str, float]:
+        """The weights as shares of their sum."""
+        total = sum(getattr(self, name) for name in NAMES)
+        return {name: getattr(self, name) / total for name in NAMES}
 
-KS, MOST = (8, 16, 32, 64), 64
-TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
-TENTHS = [i / 10 for i in range(10)]
-ALONE = Mixture(1.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
+
+ALONE = Mixture(1.0, 0.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,9 @@ class Votes:
     labels: np.ndarray  # (Q, k, C)
 
 
+Voice = tuple[np.ndarray, np.ndarray]  # (Q, C) answers, and 1 for a query that the voice has found something for, else 0, (Q, 1)
+
+
 def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
     """Mean of the neighbours' labels, weighted by softmax of score / tau. scores (Q, k), -inf where there is none; labels (Q, k, C) -> (Q, C)"""
     best = scores.max(1, keepdims=True)
@@ -49,39 +64,110 @@ def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
     return np.einsum("qk,qkc->qc", weights, labels)
 
 
-def cast(votes: Votes, k: int, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """The vote of the first k neighbours (Q, C), and 1 for a query that has any, else 0, (Q, 1)."""
+def cast(votes: Votes, k: int, tau: float) -> Voice:
+    """The vote of the first k neighbours."""
     k = min(k, votes.scores.shape[1])
     return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :1]).astype(np.float64)
 
 
-def mix(student: np.ndarray, dense: Votes | None, lexical: Votes | None, mixture: Mixture) -> np.ndarray:
-    """(Q, C) answers of student and neighbours together; where one side found nothing, its weight is the student's. None: weight 0."""
-    answers, left = np.zeros_like(student, dtype=np.float64), np.ones((len(student), 1))
-    sides = ((dense, mixture.dense, mixture.k, mixture.tau), (lexical, mixture.lexical, mixture.lexical_k, mixture.lexical_tau))
-    for votes, weight, k, tau in sides:
-        if weight and votes is not None:
-            share, found = cast(votes, k, tau)
-            answers += weight * found * share
-            left -= weight * found
-    return answers + left * student
+def voices_of(dense: Votes | None, lexical: Votes | None, ngrams: Voice | None, mixture: Mixture) -> dict[str, Voice]:
+    """What speaks beside the student, by name; None: was not asked."""
+    found = {}
+    if dense is not None:
+        found["dense"] = cast(dense, mixture.k, mixture.tau)
+    if lexical is not None:
+        found["lexical"] = cast(lexical, mixture.lexical_k, mixture.lexical_tau)
+    return found | ({"ngrams": ngrams} if ngrams is not None else {})
 
 
-def fit_mixture(truth: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes) -> Mixture:
-    """The mixture with the smallest validation loss; the student alone where no mixture beats it.
+def mix(student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.ndarray:
+    """(Q, C) answers of the student (Q, C) and other voices together; one that is not there counts as having found nothing."""
+    own = scale(student.astype(np.float64))
+    answers, left = np.zeros_like(own), np.full((len(own), 1), sum(getattr(mixture, name) for name in NAMES))
+    for name, (said, found) in voices.items():
+        weight = getattr(mixture, name) * found
+        answers += weight * scale(said)
+        left -= weight
+    return unscale(answers + left * own)
 
-    k and tau of each side are chosen with the student alone beside it, then the weights of both together: few choices for few rows.
+
+def scale(answers: np.ndarray) -> np.ndarray:
+    """What is added up: log-probabilities, or values where there is one output."""
+    return answers if answers.shape[-1] == 1 else np.log((1 - FLOOR) * answers + FLOOR / answers.shape[-1])
+
+
+def unscale(added: np.ndarray) -> np.ndarray:
+    """Probabilities from sums of logarithms; values as they are."""
+    if added.shape[-1] == 1:
+        return added
+    shifted = np.exp(added - added.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
+def fit_mixture(
+    targets: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes, ngrams: Voice, names: Sequence[str] = NAMES
+) -> Mixture:
+    """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values; names: who may speak.
+
+    k and tau of each side are those whose vote alone has the smallest loss. Then the best voice is taken, and others are added, the one that
+    lowers the loss most first, as long as the gain pays.
     """
+    dense_k, dense_tau = best_vote(targets, dense, TAUS)
+    lexical_k, lexical_tau = best_vote(targets, lexical, LEXICAL_TAUS)
+    start = replace(ALONE, k=dense_k, tau=dense_tau, lexical_k=lexical_k, lexical_tau=lexical_tau)
+    voices = voices_of(dense, lexical, ngrams, start)
 
-    def best(some: list[Mixture]) -> Mixture:
-        return min(some, key=lambda m: loss(truth, mix(student, dense, lexical, m)))
+    def tried(chosen: tuple[str, ...]) -> tuple[Mixture, np.ndarray]:
+        weights: dict[str, Any] = fit_weights(targets, student, {n: v for n, v in voices.items() if n in chosen}, "student" in chosen)
+        mixture = replace(start, **weights)
+        return mixture, losses(mix(student, voices, mixture), targets)
 
-    weights = TENTHS[1:]
-    dense_best = best([replace(ALONE, student=round(1 - w, 1), dense=w, k=k, tau=tau) for k in KS for tau in TAUS for w in weights])
-    words = [(k, tau, w) for k in KS for tau in LEXICAL_TAUS for w in weights]
-    lexical_best = best([replace(ALONE, student=round(1 - w, 1), lexical=w, lexical_k=k, lexical_tau=tau) for k, tau, w in words])
-    pairs = [(a, b) for a in TENTHS for b in TENTHS if a + b < 0.95]
-    both = [
-        Mixture(round(1 - a - b, 1), a, b, dense_best.k, dense_best.tau, lexical_best.lexical_k, lexical_best.lexical_tau) for a, b in pairs
-    ]
-    return best([ALONE, *both])
+    chosen: tuple[str, ...] = ()
+    best, loss = ALONE, np.zeros(0)
+    while left := [name for name in names if name not in chosen]:
+        trials = {name: tried((*chosen, name)) for name in left}
+        if chosen:
+            left = [name for name in left if pays(name, loss - trials[name][1])]
+        if not left:
+            break
+        name = min(left, key=lambda n: float(trials[n][1].mean()))
+        chosen, (best, loss) = (*chosen, name), trials[name]
+    return best
+
+
+def pays(name: str, gain: np.ndarray) -> bool:
+    """Whether a voice lowers the loss beyond noise. gain: (Q,) by row."""
+    return bool(gain.mean() > DOUBT.get(name, 1.0) * gain.std() / np.sqrt(len(gain)))
+
+
+def best_vote(targets: np.ndarray, votes: Votes, taus: tuple[float, ...]) -> tuple[int, float]:
+    """k and tau of the vote with the smallest loss, over the rows that have neighbours."""
+    some = np.isfinite(votes.scores[:, 0])
+    if not some.any():
+        return KS[0], taus[0]
+    part, wanted = Votes(votes.scores[some], votes.labels[some]), targets[some]
+    pairs = [(k, tau) for k in KS for tau in taus]
+    return min(pairs, key=lambda p: float(losses(unscale(scale(cast(part, *p)[0])), wanted).mean()))
+
+
+def fit_weights(targets: np.ndarray, student: np.ndarray, voices: dict[str, Voice], own: bool) -> dict[str, float]:
+    """Weights with the smallest loss, none below 0, of the voices and, where `own`, of the student. A convex problem."""
+    from scipy.optimize import minimize, nnls
+
+    base = scale(student.astype(np.float64))
+    names = [*voices, *(["student"] if own else [])]
+    # What a voice has not found the student says.
+    said = np.stack([*(found * scale(p) + (1 - found) * base for p, found in voices.values()), *([base] if own else [])])
+    if base.shape[1] == 1:
+        weights = nnls(said[:, :, 0].T, targets[:, 0])[0]
+        weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(names), 1 / len(names))
+    else:
+
+        def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
+            added = np.einsum("v,vqc->qc", a, said)
+            answers = unscale(added)
+            return float(losses(answers, targets).mean()), np.einsum("vqc,qc->v", said, answers - targets) / len(targets)
+
+        found = minimize(loss, np.full(len(names), 1 / len(names)), jac=True, method="L-BFGS-B", bounds=[(0, 4)] * len(names))
+        weights = found.x if found.x.sum() > 0 else np.full(len(names), 1 / len(names))
+    return dict.fromkeys(NAMES, 0.0) | {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}

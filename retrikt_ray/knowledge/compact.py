@@ -15,13 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.learning import edited
+from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.vectors import encode_validation
 from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, read_log, sweep, writing
+from retrikt_ray.knowledge.view import labelled
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers, each
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
 from retrikt_ray.runtime.tables import Source
+from retrikt_ray.task.texts import TEXT_COLUMNS
 
 PART_ROWS = 4096  # of the added rows in a new store
 
@@ -58,7 +62,8 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         # 3. their index
         threads = workers.threads if workers else 1
         queries = each(encode_validation, [(run / "task", run / "student", threads)], workers, "compact: validation")[0][1]
-        build_index(config, base / "store", run / "student", base / "index", queries, seed=seal.seed, workers=workers)
+        memory = memory_after(where, [read_edit(folder, e) for e in log.edits])
+        build_index(config, base / "store", run / "student", base / "index", queries, seed=seal.seed, workers=workers, memory=memory)
         inputs = {"task": check(run / "task").content, "store": stored, "student": student}
         indexed = artifacts.seal(base / "index", config=config.fingerprint_view(), inputs=inputs, started=began, **more).content
 
@@ -68,6 +73,21 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         folder.write_sealed(MANIFEST, asdict(after))
         sweep(folder, after)
         return after
+
+
+def memory_after(base: Folder, edits: list[pa.Table]) -> Memory:
+    """The n-gram memory of a base with the edits learnt, as a view of them has it."""
+    memory = Memory.unsealed(base / "index")
+    if not edits:
+        return memory
+    table, source = pa.concat_tables(edits), Source.of(base / "store")
+    gone = table.filter(table["deleted"])["position"].combine_chunks()
+    new = table.filter(pc.invert(table["deleted"]))
+    new = new.filter(pc.invert(pc.is_in(new["position"], gone)))
+    lost = []
+    for first, rows in source.read(0, source.rows, (*TEXT_COLUMNS, "teacher_probs")):
+        lost.append(rows.filter(pc.is_in(pa.array(range(first, first + len(rows)), pa.int64()), gone)))
+    return edited(memory, labelled(new), labelled(pa.concat_tables(lost)))
 
 
 def write_live(store: Folder, edits: list[pa.Table], out: Folder) -> None:

@@ -15,7 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from retrikt_ray.index.learning import edited
 from retrikt_ray.index.lexical import Lexical
+from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Search, Searcher, merge
 from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit
 from retrikt_ray.runtime.artifacts import check
@@ -63,6 +65,7 @@ class Base:
     rows: pa.Table  # the columns VIEWED
     searcher: Search
     words: Lexical
+    ngrams: Memory
 
 
 def open_base(places: Places, log: Log | None, student: str, threads: int, opener: Opener) -> Base:
@@ -101,7 +104,7 @@ def open_base(places: Places, log: Log | None, student: str, threads: int, opene
     for part, found in (("shards", card["rows"]), ("words", words.rows)):
         if found != rows.num_rows:
             raise ArtifactError(f"{index} holds {part} of {found} rows, {store} has {rows.num_rows}")
-    return Base(log.base if log else None, store, contents, card, rows, opener(index, threads), words)
+    return Base(log.base if log else None, store, contents, card, rows, opener(index, threads), words, Memory.unsealed(index))
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class View:
     alive: np.ndarray  # (N,) bool: not deleted
     added: Searcher | None  # over the vectors of the added rows
     words: Lexical
+    ngrams: Memory
     labels: np.ndarray  # (N, C) teacher probabilities, or values
     ids: pa.Array
     masks: dict[tuple[str | None, str | None], np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)  # see `allowed`
@@ -137,7 +141,7 @@ class View:
     def over(task: Task, base: Base, log: Log | None, places: Places, threads: int) -> View:
         """Read the edits of a log over their base."""
         edits = [read_edit(places.log, e) for e in log.edits] if log and places.log else []
-        rows, alive, words, added = base.rows, np.ones(base.rows.num_rows, bool), base.words, None
+        rows, alive, words, ngrams, added = base.rows, np.ones(base.rows.num_rows, bool), base.words, base.ngrams, None
         if edits:
             table = pa.concat_tables(edits)
             gone = table["deleted"].to_numpy(zero_copy_only=False)
@@ -147,11 +151,13 @@ class View:
             alive = np.ones(len(rows) + len(new), bool)
             alive[table["position"].to_numpy()[gone]] = False
             words = base.words.edited(texts_of(new), alive)
+            kept, lost = new.filter(pa.array(alive[len(rows) :])), rows.filter(pa.array(~alive[: len(rows)]))
+            ngrams = edited(ngrams, labelled(kept), labelled(lost))
             if len(new):
                 added = Searcher.over(matrix(new["vector"]), len(rows), threads)
                 rows = pa.concat_tables([rows, new.select(VIEWED)])
         ids = rows["id"].cast(pa.large_string()).combine_chunks()  # one piece: rows are taken from a chunked one slowly
-        return View(task, base, log, rows, alive, added, words, matrix(rows["teacher_probs"]), ids)
+        return View(task, base, log, rows, alive, added, words, ngrams, matrix(rows["teacher_probs"]), ids)
 
     @property
     def count(self) -> int:
@@ -222,6 +228,11 @@ class View:
         row = self.row(position)
         label, score = self.task.named(np.asarray(row.pop("teacher_probs")))
         return Neighbour(**row, label=label, score=score)
+
+
+def labelled(rows: pa.Table) -> tuple[list[Text], np.ndarray]:
+    """Texts of some rows, and the teacher's labels of them (n, C)."""
+    return texts_of(rows), matrix(rows["teacher_probs"]) if len(rows) else np.zeros((0, 1), np.float32)
 
 
 @dataclass(frozen=True)

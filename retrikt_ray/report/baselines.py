@@ -10,6 +10,8 @@ import numpy as np
 from retrikt_ray.task.texts import Text, joined
 
 PAIR_MARK = " \x1f "  # between the texts of a pair
+STRENGTHS = (1.0, 10.0, 100.0)  # C of logistic regression, 1 / alpha of ridge
+STEPS = 300  # of L-BFGS
 
 
 class System(NamedTuple):
@@ -25,40 +27,49 @@ def majority(truth: np.ndarray, classes: int) -> System:
     return System(lambda texts: np.tile(answer, (len(texts), 1)), max(1, classes))
 
 
-def tfidf(texts: list[Text], targets: np.ndarray, regression: bool, validation: tuple[list[Text], np.ndarray], metric: str) -> System:
-    """TF-IDF of words and word pairs with logistic regression (ridge in regression); C chosen on validation.
+def tfidf(
+    texts: list[Text],
+    targets: np.ndarray,
+    validation: tuple[list[Text], np.ndarray],
+    metric: str,
+    most: int | None = None,
+) -> System:
+    """TF-IDF of words and word pairs with logistic regression on soft labels (ridge in regression); C chosen on validation.
 
-    targets: (N, C) soft labels or (N, 1) values. A soft label counts as C weighted copies of its row, which is exact for the loss; classes
-    below 1 % are left out, so that 77 classes do not make 77 copies.
+    targets: (N, C) soft labels or (N, 1) values. most: numbers that the model may hold at most, for its commonest features.
     """
-    from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression, Ridge
 
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        token_pattern=r"(?u)\b\w+\b|[^\w\s]",
+        max_features=None if most is None else max(1, most // targets.shape[1]),
+    )
+    features = vectorizer.fit_transform([joined(t, PAIR_MARK) for t in texts])
+    return linear(features, targets, lambda some: vectorizer.transform([joined(t, PAIR_MARK) for t in some]), validation, metric)
+
+
+def linear(
+    features: Any, targets: np.ndarray, features_of: Callable[[list[Text]], Any], validation: tuple[list[Text], np.ndarray], metric: str
+) -> System:
+    """Multinomial logistic regression of features (N, F) on soft labels (N, C), or ridge on values (N, 1); C chosen on validation.
+
+    The same loss as scikit-learn's with every row repeated once a class, weighted by the class's probability, without the copies.
+    """
+    from retrikt_ray.index.learning import answers_of, fitted
     from retrikt_ray.task.metrics import score
 
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b|[^\w\s]")
-    features = vectorizer.fit_transform([joined(t, PAIR_MARK) for t in texts])
-    if not regression:
-        rows, classes = np.nonzero(targets >= 0.01)
-        features, weights = sparse.csr_matrix(features[rows]), targets[rows, classes]
-    best: tuple[float, Any] | None = None
-    for strength in (1.0, 10.0, 100.0):
-        if regression:
-            model = Ridge(alpha=1 / strength).fit(features, targets[:, 0])
-        else:
-            model = LogisticRegression(C=strength, max_iter=300).fit(features, classes, sample_weight=weights)
+    shift = targets.mean(0) if targets.shape[1] == 1 else np.zeros(targets.shape[1])
+    best: tuple[float, System] | None = None
+    for strength in STRENGTHS:
+        weights, bias = fitted(features, targets - shift, np.zeros_like(targets), True, STEPS, strength)
 
-        def answer(some: list[Text], model: Any = model) -> np.ndarray:
-            found = vectorizer.transform([joined(t, PAIR_MARK) for t in some])
-            if regression:
-                return np.asarray(model.predict(found))[:, None]
-            out = np.zeros((len(some), targets.shape[1]))
-            out[:, model.classes_] = model.predict_proba(found)
-            return out
+        def answer(some: list[Text], weights: Any = weights, bias: Any = bias) -> np.ndarray:
+            return answers_of(features_of(some) @ weights + bias + shift)
 
         got = score(metric, validation[1], answer(validation[0]))
         if best is None or got > best[0]:
-            best = (got, System(answer, int(np.size(model.coef_) + np.size(model.intercept_))))
+            best = (got, System(answer, weights.size + bias.size))
     assert best is not None
     return best[1]

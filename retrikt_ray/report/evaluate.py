@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from retrikt_ray.report.systems import BY_NAME, SYSTEMS, Material, part_of_store
+from retrikt_ray.report.material import Material
+from retrikt_ray.report.systems import BY_NAME, SYSTEMS, part_of_store
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import Folder

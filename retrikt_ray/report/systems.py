@@ -7,67 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from retrikt_ray.report import baselines
 from retrikt_ray.report.baselines import System
-from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.task.card import Task
-from retrikt_ray.task.texts import Text, texts_of
+from retrikt_ray.report.material import Material, trained
+from retrikt_ray.report.remade import Remade
+from retrikt_ray.task.metrics import one_hot
 
 if TYPE_CHECKING:
-    from retrikt_ray.predictor import Predictor
-    from retrikt_ray.student.fit import DistillConfig, Rows
     from retrikt_ray.student.model import Student
-
-
-@dataclass(frozen=True)
-class Material:
-    """What systems are fitted to, read when it is asked for. Travels to Ray tasks."""
-
-    inputs: dict[str, Folder]  # task, teacher, store, student, index
-    seed: int
-    threads: int
-
-    @cached_property
-    def task(self) -> Task:
-        return Task.read(self.inputs["task"])
-
-    def split(self, name: str) -> tuple[list[Text], np.ndarray]:
-        """Texts of a split, and their true class ids or values (N,)."""
-        table = self.inputs["task"].read_table(f"{name}.parquet")
-        return texts_of(table), np.array(table["value"].to_pylist())
-
-    @cached_property
-    def rows(self) -> Rows:
-        """The store's."""
-        from retrikt_ray.student.fit import load_rows
-
-        return load_rows(self.inputs["store"])
-
-    @cached_property
-    def labelled(self) -> list[int]:
-        """The store's rows with a true label: the task's."""
-        return [i for i, value in enumerate(self.rows.truth.tolist()) if value == value]
-
-    @cached_property
-    def distill(self) -> DistillConfig:
-        """The config that the student was trained with."""
-        from retrikt_ray.student.fit import DistillConfig
-
-        return DistillConfig(**check(self.inputs["student"], only=[]).config)
-
-    @cached_property
-    def predictor(self) -> Predictor:
-        """The run's student and knowledge, as the stages made them: a report does not look at edits."""
-        from retrikt_ray.knowledge.view import Places
-        from retrikt_ray.predictor import Predictor
-
-        return Predictor.at(Places(*(self.inputs[name] for name in ("task", "student", "store", "index"))), self.threads)
 
 
 def retrikt(material: Material) -> System:
@@ -89,14 +40,13 @@ def student_labels(material: Material) -> System:
 
 
 def tfidf_store(material: Material) -> System:
-    rows, task = material.rows, material.task
-    return baselines.tfidf(rows.texts, rows.teacher.numpy(), task.regression, material.split("validation"), task.metric)
+    rows = material.rows
+    return baselines.tfidf(rows.texts, rows.teacher.numpy(), material.split("validation"), material.task.metric)
 
 
 def tfidf_labels(material: Material) -> System:
     (texts, truth), task = material.split("train"), material.task
-    gold = truth[:, None].astype(np.float32) if task.regression else np.eye(task.outputs, dtype=np.float32)[truth.astype(int)]
-    return baselines.tfidf(texts, gold, task.regression, material.split("validation"), task.metric)
+    return baselines.tfidf(texts, one_hot(truth, task.outputs), material.split("validation"), task.metric)
 
 
 def majority(material: Material) -> System:
@@ -107,42 +57,14 @@ def of_student(student: Student) -> System:
     return System(lambda texts: student.encode(texts)[0].numpy(), student.model.parameter_count)
 
 
-def trained(material: Material, config: DistillConfig, index: list[int]) -> Student:
-    """A student of the run's own kind and size, trained in this process on some of the store's rows."""
-    from retrikt_ray.runtime.training import Solo
-    from retrikt_ray.student.fit import fit, load_validation, untrained
-
-    student = untrained(material.distill, material.inputs["teacher"], material.rows, material.task.pair, material.seed)
-    validation = load_validation(material.inputs["task"])
-    fit(student, material.rows.take(index), validation, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
-    return student
-
-
 def part_of_store(material: Material, fraction: float) -> tuple[System, int]:
-    """RetriKT on a part of the store, beside all of the task's rows: a student of its own, the run's own mixture; and the rows it had.
-
-    The part is searched exactly, as it is small.
-    """
-    from retrikt_ray.index.lexical import Lexical, Postings
-    from retrikt_ray.index.mixture import Mixture, Votes, mix
-    from retrikt_ray.index.search import Searcher
-
+    """RetriKT made anew on a part of the store, beside all of the task's rows; and the rows it had."""
     own = set(material.labelled)
     others = [i for i in range(len(material.rows.texts)) if i not in own]
     drawn = np.random.default_rng(material.seed).choice(others, int(len(others) * fraction), replace=False)
     index = material.labelled + sorted(drawn.tolist())
-    student, part = trained(material, material.distill, index), material.rows.take(index)
-    mixture = Mixture(**material.inputs["index"].read_json("mixture.json"))
-    labels, words = part.teacher.numpy(), Lexical([Postings.of([part.texts], 0)])
-    searcher = Searcher.over(student.encode(part.texts)[1].numpy(), 0, material.threads)
-
-    def answer(texts: list[Text]) -> np.ndarray:
-        answers, vectors = (x.numpy() for x in student.encode(texts))
-        found = (searcher.search(vectors, mixture.k), words.search(texts, mixture.lexical_k))
-        dense, lexical = (Votes(scores, labels[positions]) for positions, scores in found)
-        return mix(answers, dense, lexical, mixture)
-
-    return System(answer, student.model.parameter_count), len(index)
+    made = Remade.of(material, material.distill, index)
+    return System(made.answer, made.student.model.parameter_count), len(index)
 
 
 @dataclass(frozen=True)

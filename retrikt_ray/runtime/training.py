@@ -12,7 +12,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -76,6 +76,14 @@ def epoch_batches(count: int, batch: int, epochs: int, seed: int) -> Iterator[li
             yield order[start : start + batch]
 
 
+class Batches(Protocol):
+    """Row numbers of every step."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int, /) -> list[int]: ...
+
+
 def warmup_linear(step: int, total: int, warmup: float = 0.1) -> float:
     """Learning-rate factor: linear up over the first `warmup` of the steps, then linear down to zero."""
     up = max(1, int(total * warmup))
@@ -98,7 +106,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tenso
 
 def run(
     session: Solo,
-    batches: list[list[int]],
+    batches: Batches,
     loss_of: Callable[[int, list[int]], tuple[Tensor, str]],
     after: Callable[[int], None] | None = None,
 ) -> None:

@@ -24,11 +24,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse
 
 from retrikt_ray import __version__
-from retrikt_ray.index.actors import ActorSearcher
-from retrikt_ray.index.mixture import Votes, cast
 from retrikt_ray.knowledge.view import Neighbour
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.actors import ActorSearcher
 from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.wire import Body, Guard, PredictBody, Problem, Refusal, RetrieveBody, refuse, refuse_body, texts_of_inputs
 from retrikt_ray.task.texts import Text
@@ -131,20 +130,17 @@ class Endpoint:
         return [{"label": self.predictor.task.labels[i], "score": float(answer[i])} for i in np.argsort(-answer, kind="stable")]
 
     def explanations(self, part: Prediction) -> list[dict[str, Any]]:
-        """Per text: the answer, the student's own, the rows on both sides with their votes, and the weights."""
-        mixture = self.predictor.mixture
-        assert part.dense is not None and part.lexical is not None
-        sides = (("dense", part.dense, mixture.k, mixture.tau), ("lexical", part.lexical, mixture.lexical_k, mixture.lexical_tau))
-        votes = {name: cast(Votes(h.scores, h.labels), k, tau) for name, h, k, tau in sides}
-        near, words = records(part.neighbours), records(part.lexical_neighbours)
+        """Per text: the answer, the student's own, what else spoke, the rows and n-grams it rests on, and the weights."""
+        near, words, ngrams = records(part.neighbours), records(part.lexical_neighbours), part.ngrams
         return [
             {
                 "prediction": self.scores(part.answers[i]),
                 "student": self.scores(part.student[i]),
-                "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in votes.items()},
+                "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in part.voices.items()},
                 "neighbours": near[i],
                 "lexical_neighbours": words[i],
-                "mixture": asdict(mixture),
+                "ngrams": [asdict(spoken) for spoken in ngrams[i]],
+                "mixture": asdict(self.predictor.mixture),
             }
             for i in range(len(part.answers))
         ]

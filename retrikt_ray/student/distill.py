@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from retrikt_ray.runtime.training import Session
 
-VERSION = 3
+VERSION = 4
 
 
 def distill_loop(config: dict[str, Any]) -> None:
@@ -24,19 +24,21 @@ def distill_loop(config: dict[str, Any]) -> None:
     import torch
 
     from retrikt_ray.runtime.training import Session
-    from retrikt_ray.student.fit import fit, load_rows, load_validation, untrained
+    from retrikt_ray.student.fit import fit, untrained
+    from retrikt_ray.student.rows import joined_rows, load_store, load_validation
     from retrikt_ray.teacher.lm import pick_device
 
     torch.set_num_threads(config["threads"])
     c, seed = DistillConfig(**config["section"]), config["seed"]
-    rows = load_rows(config["store"])
+    rows, held = load_store(config["store"], seed)
     student = untrained(c, config["teacher"], rows, config["task"].pair, seed)
     torch.nn.Module.to(student.model, pick_device())
 
     def session_of(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> Session:
         return Session(config, optimizer, tensors, total)
 
-    session = fit(student, rows, load_validation(config["task_folder"]), c, seed, session_of)
+    unseen = joined_rows([load_validation(config["task_folder"], held.teacher.shape[1]), held])
+    session = fit(student, rows, unseen, c, seed, session_of)
     if session.rank == 0:
         with tempfile.TemporaryDirectory() as name:
             student.save(name)

@@ -1,4 +1,4 @@
-"""Fitting a student to rows with soft labels: the config, the rows, and the training that `distill` and the student baselines share.
+"""Fitting a student to rows with soft labels: the config, and the training that `distill` and the student baselines share.
 
 Four losses: KD to the teacher's soft labels, the relation of the batch's embeddings, the label that neighbours would vote for, and the
 true labels of the task rows.
@@ -7,31 +7,32 @@ true labels of the task rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
-from retrikt_ray.runtime.tables import matrix
-from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
 if TYPE_CHECKING:
     import torch
 
     from retrikt_ray.runtime.training import Solo
     from retrikt_ray.student.model import Student
+    from retrikt_ray.student.rows import Rows, StoreRows
 
 HEAD_RATE = 3.0  # learning rate of the head, as a multiple of the body's: it starts from nothing, the body from the teacher
-LOOKS = 16  # times that a training looks at validation
+LOOKS = 16  # times that a training looks at the rows that it does not train on
 MIN_STEPS = 300
 
 
 class DistillConfig(Scaled):
     """The student and its training."""
 
-    kind: Literal["static", "transformer"] = Field("static", description="static: averaged token embeddings; transformer: a small BERT.")
+    kind: Literal["static", "convolution", "transformer"] = Field(
+        "convolution",
+        description="static: averaged token embeddings; convolution: these and filters over three tokens, which see word order; transformer: a small BERT.",
+    )
     size: float = Field(0.01, gt=0, le=1, description="Parameters of the student as a share of the annotator's.")
     layers: int = Field(2, ge=1, description="Layers of a transformer student.")
     model: str | None = Field(
@@ -39,11 +40,13 @@ class DistillConfig(Scaled):
         description="Pre-trained encoder (folder or hub id) as a transformer student, whatever its size; `size` and `layers` do not apply.",
     )
     epochs: int = Field(
-        30, ge=1, description="Passes over the store, but never fewer than 300 steps; the best of 16 looks at validation is kept."
+        30, ge=1, description="Passes over the store, but never fewer than 300 steps; the best of 16 looks at held-out rows is kept."
     )
     batch: int = Field(128, ge=4, description="Rows per step, over all workers.")
     learning_rate: float = Field(
-        0, ge=0, description="Peak learning rate. 0: 5e-3 for static, 1e-3 for transformer, 5e-5 for a pre-trained model."
+        0,
+        ge=0,
+        description="Peak learning rate. 0: 5e-3 for static, 2e-3 for convolution, 1e-3 for transformer, 5e-5 for a pre-trained model.",
     )
     kd: float = Field(1.0, ge=0, description="Weight of the KD loss.")
     relation: float = Field(0.3, ge=0, description="Weight of the relation loss.")
@@ -53,53 +56,17 @@ class DistillConfig(Scaled):
     token_dropout: float = Field(0.1, ge=0, lt=1, description="Share of a text's tokens that a training step hides from a static student.")
 
 
-@dataclass
-class Rows:
-    """Training rows as arrays."""
-
-    texts: list[Text]
-    teacher: torch.Tensor  # (N, C) probabilities, or (N, 1) values
-    embeddings: torch.Tensor | None  # (N, D) the teacher's, or None: no relation loss
-    truth: torch.Tensor  # (N,) true class id or value; NaN where unknown
-
-    def take(self, index: list[int]) -> Rows:
-        return Rows(
-            [self.texts[i] for i in index],
-            self.teacher[index],
-            None if self.embeddings is None else self.embeddings[index],
-            self.truth[index],
-        )
-
-
-def load_validation(task: Folder) -> Rows:
-    """The validation rows of a task; the teacher says nothing of them."""
-    import torch
-
-    table = task.read_table("validation.parquet")
-    truth = torch.tensor(table["value"].to_pylist(), dtype=torch.float32)
-    return Rows(texts_of(table), truth[:, None], None, truth)
-
-
-def load_rows(store: Folder) -> Rows:
-    """The rows of a store."""
-    import torch
-
-    table = store.read_tables(columns=[*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value"])
-    truth = [float("nan") if v is None else v for v in table["value"].to_pylist()]
-    teacher, embeddings = (torch.tensor(matrix(table[name])) for name in ("teacher_probs", "teacher_embedding"))
-    return Rows(texts_of(table), teacher, embeddings, torch.tensor(truth, dtype=torch.float32))
-
-
 def fit(
     student: Student,
-    rows: Rows,
-    validation: Rows,
+    rows: Rows | StoreRows,
+    unseen: Rows,
     config: DistillConfig,
     seed: int,
     session_of: Callable[[torch.optim.Optimizer, dict[str, torch.Tensor], int], Solo],
 ) -> Solo:
-    """Train the student in place, and leave it with the weights that had the smallest loss on validation's true labels.
+    """Train the student in place, and leave it with the weights that had the smallest loss on rows that it did not train on.
 
+    unseen: validation rows with their true labels, and held-out rows of the store with the teacher's.
     session_of(optimizer, tensors to checkpoint, steps) makes the training's session, which is returned.
     """
     import torch
@@ -111,9 +78,8 @@ def fit(
     head = list(model.head.parameters())
     body = [p for n, p in model.named_parameters() if not n.startswith("head.")]
     optimizer = torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE * rate}], weight_decay=0.01)
-    per_epoch = -(-len(rows.texts) // config.batch)
-    epochs = max(config.epochs, -(-MIN_STEPS // per_epoch))
-    batches = list(training.epoch_batches(len(rows.texts), config.batch, epochs, seed))
+    per_epoch = -(-len(rows) // config.batch)
+    batches = rows.batches(config.batch, max(config.epochs, -(-MIN_STEPS // per_epoch)), seed)
     best = {k: v.detach().clone() for k, v in model.state_dict().items()}
     best_loss = torch.tensor(float("inf"), dtype=torch.float64)
     tensors = dict(model.state_dict(keep_vars=True)) | {f"best.{k}": v for k, v in best.items()} | {"best_loss": best_loss}
@@ -123,7 +89,7 @@ def fit(
     def keep_best(steps: int) -> None:
         if steps % every and steps != len(batches):
             return
-        now = validation_loss(student, validation)
+        now = unseen_loss(student, unseen)
         if now < best_loss.item():
             best_loss.fill_(now)
             for k, v in model.state_dict().items():
@@ -135,7 +101,7 @@ def fit(
     return session
 
 
-def distillation(student: Student, rows: Rows, config: DistillConfig) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
+def distillation(student: Student, rows: Rows | StoreRows, config: DistillConfig) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
     """The loss of some of the rows, as `training.run` asks for it."""
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
@@ -144,25 +110,28 @@ def distillation(student: Student, rows: Rows, config: DistillConfig) -> Callabl
 
     model, device = student.model, student.model.head.weight.device
     regression = model.config.outputs == 1
-    teacher, truth = rows.teacher.to(device), rows.truth.to(device)
-    if regression:  # the student's outputs are standardised
-        teacher, truth = (teacher - model.shift) / model.scale, (truth - model.shift) / model.scale
+
+    def standardised(values: torch.Tensor) -> torch.Tensor:
+        """As the student's outputs are."""
+        return (values.to(device) - model.shift) / model.scale if regression else values.to(device)
 
     def loss_of(_: int, index: list[int]) -> tuple[torch.Tensor, str]:
         model.train()
-        inputs = student.tensors([rows.texts[i] for i in index])
+        part = rows.take(index)
+        teacher, truth = standardised(part.teacher), standardised(part.truth)
+        inputs = student.tensors(part.texts)
         if model.kind.token_dropout and config.token_dropout:
             for name in [n for n in inputs if n.endswith("mask")]:
                 inputs[name] = inputs[name] * (torch.rand(inputs[name].shape, device=device) >= config.token_dropout)
         logits, vectors = model(**inputs)
-        loss = config.kd * losses.kd(logits, teacher[index])
+        loss = config.kd * losses.kd(logits, teacher)
         if len(index) > 1 and config.retrieval:
-            loss = loss + config.retrieval * losses.retrieval(vectors, teacher[index], config.tau)
-        if len(index) > 1 and config.relation and rows.embeddings is not None:
-            loss = loss + config.relation * losses.relation(vectors, rows.embeddings[index].to(device), config.tau)
-        known = ~torch.isnan(truth[index])
+            loss = loss + config.retrieval * losses.retrieval(vectors, teacher, config.tau)
+        if len(index) > 1 and config.relation and part.embeddings is not None:
+            loss = loss + config.relation * losses.relation(vectors, part.embeddings.to(device), config.tau)
+        known = ~torch.isnan(truth)
         if config.labels and known.any():
-            target = truth[index][known]
+            target = truth[known]
             own = mse_loss(logits[known][:, 0], target) if regression else cross_entropy(logits[known], target.long())
             loss = loss + config.labels * known.float().mean() * own
         return loss, f"loss {loss.item():.3f}"
@@ -170,14 +139,14 @@ def distillation(student: Student, rows: Rows, config: DistillConfig) -> Callabl
     return loss_of
 
 
-def validation_loss(student: Student, validation: Rows) -> float:
-    """The student's own loss on the true labels of validation, as the mixture's."""
-    from retrikt_ray.task.metrics import loss
+def unseen_loss(student: Student, rows: Rows) -> float:
+    """The student's own loss on labels that it was not trained on."""
+    from retrikt_ray.task.metrics import losses
 
-    return loss(validation.truth.numpy(), student.encode(validation.texts)[0].numpy())
+    return float(losses(student.encode(rows.texts)[0].numpy(), rows.teacher.numpy()).mean())
 
 
-def untrained(config: DistillConfig, teacher: Folder, rows: Rows, pair: bool, seed: int) -> Student:
+def untrained(config: DistillConfig, teacher: Folder, rows: Rows | StoreRows, pair: bool, seed: int) -> Student:
     """The student that this config, teacher and store ask for, before training."""
     from retrikt_ray.runtime.training import seed_everything
     from retrikt_ray.student.inherit import new_student, pretrained_student
@@ -187,4 +156,4 @@ def untrained(config: DistillConfig, teacher: Folder, rows: Rows, pair: bool, se
     annotator = Annotator.load(teacher)
     if config.model:
         return pretrained_student(config.model, annotator, pair)
-    return new_student(config.kind, annotator, rows.texts, int(config.size * annotator.parameter_count), config.layers, pair)
+    return new_student(config.kind, annotator, rows.chunks(), int(config.size * annotator.parameter_count), config.layers, pair)

@@ -7,6 +7,7 @@ already knows the task, so the student starts as a bag-of-words copy of its teac
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from retrikt_ray.task.texts import Text
 from retrikt_ray.teacher.annotator import Annotator
 
 
-def count_tokens(tokenizer: object, texts: list[Text]) -> Counter[int]:
-    """How often each token of the full tokenizer occurs, special tokens of its pair format included."""
+def count_tokens(tokenizer: object, chunks: Iterable[list[Text]]) -> Counter[int]:
+    """How often each token of the full tokenizer occurs in texts, special tokens of its pair format included."""
     counts: Counter[int] = Counter()
-    for row in tokenizer([t for text in texts for t in text if t])["input_ids"]:  # type: ignore[operator]
-        counts.update(row)
+    for texts in chunks:
+        for row in tokenizer([t for text in texts for t in text if t])["input_ids"]:  # type: ignore[operator]
+            counts.update(row)
     return counts
 
 
@@ -49,9 +51,9 @@ def reduce(vectors: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(out, (0, dim - out.shape[1])) if out.shape[1] < dim else out
 
 
-def new_student(kind: str, teacher: Annotator, texts: list[Text], budget: int, layers: int, pair: bool) -> Student:
-    """A student of about `budget` parameters for these texts. Row 0 of its table is for tokens outside its vocabulary."""
-    outputs, counts = teacher.head.out_features, count_tokens(teacher.tokenizer, texts)
+def new_student(kind: str, teacher: Annotator, chunks: Iterable[list[Text]], budget: int, layers: int, pair: bool) -> Student:
+    """A student of about `budget` parameters for these texts, which come some at a time. Row 0 of its table is for tokens outside its vocabulary."""
+    outputs, counts = teacher.head.out_features, count_tokens(teacher.tokenizer, chunks)
     sizes: dict[str, Any] = {"outputs": outputs, "pair": pair, "layers": layers, "max_tokens": teacher.max_tokens}
     dim, vocabulary = KINDS[kind].size(budget, len(counts) + 1, **sizes)
     kept = sorted(t for t, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))[: vocabulary - 1])

@@ -1,10 +1,11 @@
 """The kinds of student: each says what a model of its kind is made of, how it reads texts, and how large it may be.
 
   static       token embeddings with learned weights, averaged; a linear head. Micro-seconds on a CPU.
+  convolution  the same, beside the maxima of filters over three neighbouring tokens, which see the order of words; nearly as quick.
   transformer  a small BERT over the same embeddings; mean over tokens; a linear head.
   pretrained   a pre-trained encoder by path or hub id, whatever its size; mean over tokens; a linear head.
 
-The first two keep the teacher's tokenizer, cut to the tokens that the store uses: `token_map` sends a token of the full tokenizer to its row in
+All but the last keep the teacher's tokenizer, cut to the tokens that the store uses: `token_map` sends a token of the full tokenizer to its row in
 the student's table, tokens outside it to row 0 (unknown). A new kind is a class here, an entry of KINDS, and its name in `DistillConfig.kind`.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig
 
 from retrikt_ray.task.texts import Text, joined
@@ -94,20 +95,25 @@ class Static:
         total = torch.cumsum(weights, 1)[:, -1:].clamp(min=1e-6)
         return embedding_bag(ids, model.embedding.weight, per_sample_weights=weights, mode="sum") / total
 
-    @staticmethod
-    def size(budget: int, tokens: int, outputs: int, pair: bool, **_: int) -> tuple[int, int]:
+    @classmethod
+    def size(cls, budget: int, tokens: int, outputs: int, pair: bool, **_: int) -> tuple[int, int]:
         """(dim, vocabulary) of a student of about `budget` parameters, `tokens` being the tokens there are.
 
         Dimension grows with the square root of budget / 128, between 8 and 256; the rest goes into tokens. What tokens leave over goes back
         into dimension.
         """
         dim = min(256, max(8, 8 * round(math.sqrt(budget / 128) / 8)))
-        head = outputs * (dim * (4 if pair else 1) + 1)
-        vocabulary = max(MIN_TOKENS, (budget - head) // (dim + 1))
+        vocabulary = max(MIN_TOKENS, (budget - cls.beside_tokens(dim, outputs, pair)) // (dim + 1))
         if vocabulary > tokens:
             vocabulary = tokens
-            dim = max(8, min(256, int((budget - vocabulary - outputs) / (vocabulary + outputs * (4 if pair else 1)))))
+            fits = (d for d in range(256, 8, -1) if tokens * (d + 1) + cls.beside_tokens(d, outputs, pair) <= budget)
+            dim = next(fits, 8)
         return dim, int(vocabulary)
+
+    @classmethod
+    def beside_tokens(cls, dim: int, outputs: int, pair: bool) -> int:
+        """Parameters that do not grow with the vocabulary."""
+        return outputs * (dim * (4 if pair else 1) + 1)
 
     @staticmethod
     def inherit(model: Any, vectors: Tensor, frequency: Tensor) -> None:
@@ -119,6 +125,70 @@ class Static:
         model.embedding.weight[1:] = vectors
         model.importance.weight.fill_(math.log(0.1))
         model.importance.weight[1:, 0] = torch.log(1e-3 / (1e-3 + frequency))
+
+
+class Convolution(Static):
+    """The static student's mean, beside the maxima over the text of FILTERS filters of three neighbouring tokens (Kim, EMNLP 2014).
+
+    Word order is what a mean does not see: "how many", "not good". Of a pair both texts, their distance and their product.
+    """
+
+    FILTERS, SPAN = 64, 3
+    rate = 2e-3
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__(config)
+        self.known: tuple[Any, Tensor] | None = None  # `table` of these weights
+
+    def parts(self) -> tuple[dict[str, nn.Module], int]:
+        modules, width = super().parts()
+        filters = nn.Linear(self.SPAN * self.config.dim, self.FILTERS)
+        return modules | {"filters": filters}, width + self.FILTERS * (4 if self.config.pair else 1)
+
+    def vector(self, model: Any, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> Tensor:
+        a = self.one(model, model.token_map[ids].long(), mask)
+        if pair_ids is None or pair_mask is None:
+            return a
+        b = self.one(model, model.token_map[pair_ids].long(), pair_mask)
+        return torch.cat([a, b, (a - b).abs(), a * b], -1)
+
+    def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean and maxima of one text. ids: rows of the student's table, (B, T) -> (B, dim + FILTERS)"""
+        found = (self.over_windows if model.training else self.over_table)(model, ids, mask)
+        return torch.cat([self.average(model, ids, mask), found.masked_fill(mask[..., None] == 0, 0.0).amax(1)], -1)
+
+    def over_windows(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """The filters at each token, a token outside the text being zero. (B, T) -> (B, T, FILTERS)"""
+        tokens = pad(model.embedding(ids) * mask[..., None], (0, 0, 1, 1))
+        return torch.relu(model.filters(torch.cat([tokens[:, i : i + ids.shape[1]] for i in range(self.SPAN)], -1)))
+
+    def over_table(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """The same without a product: what each token adds at each place of a filter is looked up.
+
+        Sums of three numbers, so that a text's vector is the same to the last bit in any batch (see `Static.average`).
+        """
+        table, outside = self.table(model), len(model.embedding.weight)
+        places = pad(ids.masked_fill(mask == 0, outside), (1, 1), value=outside)
+        return torch.relu(sum(table[i][places[:, i : i + ids.shape[1]]] for i in range(self.SPAN)) + model.filters.bias)
+
+    def table(self, model: Any) -> Tensor:
+        """What each token adds to each filter, by its place in the window; the last row, of zeros, is for what lies outside. (SPAN, V + 1, FILTERS)"""
+        weights = (model.embedding.weight, model.filters.weight)
+        state = tuple((w.data_ptr(), w._version) for w in weights)
+        if self.known is None or self.known[0] != state:
+            by_place = weights[1].view(self.FILTERS, self.SPAN, -1).permute(1, 2, 0)
+            self.known = state, pad(weights[0] @ by_place, (0, 0, 0, 1)).detach()
+        return self.known[1]
+
+    @classmethod
+    def beside_tokens(cls, dim: int, outputs: int, pair: bool) -> int:
+        sides = 4 if pair else 1
+        return cls.FILTERS * (cls.SPAN * dim + 1) + outputs * ((dim + cls.FILTERS) * sides + 1)
+
+    @staticmethod
+    def inherit(model: Any, vectors: Tensor, frequency: Tensor) -> None:
+        Static.inherit(model, vectors, frequency)
+        nn.init.normal_(model.filters.weight, std=model.filters.in_features**-0.5)
 
 
 class Transformer:
@@ -184,4 +254,4 @@ class Pretrained(Transformer):
         return mean_pool(model.backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask)
 
 
-KINDS: dict[str, Any] = {"static": Static, "transformer": Transformer, "pretrained": Pretrained}
+KINDS: dict[str, Any] = {"static": Static, "convolution": Convolution, "transformer": Transformer, "pretrained": Pretrained}

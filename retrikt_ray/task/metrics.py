@@ -32,11 +32,16 @@ def score(metric: str, truth: Sequence[float] | np.ndarray, answers: np.ndarray)
     return float((stats.pearsonr if metric == "pearson" else stats.spearmanr)(truth, got).statistic)
 
 
-def loss(truth: np.ndarray, answers: np.ndarray) -> float:
-    """Mean negative log-likelihood of the true class, or mean squared error in regression: smoother than accuracy on few rows."""
+def losses(answers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Cross-entropy of each answer (N, C) to its target distribution, or squared error of values (N, 1): smoother than accuracy on few rows. (N,)"""
     if answers.shape[1] == 1:
-        return float(((answers[:, 0] - truth) ** 2).mean())
-    return float(-np.log(np.clip(answers[np.arange(len(truth)), truth.astype(int)], 1e-6, 1)).mean())
+        return np.asarray((answers[:, 0] - targets[:, 0]) ** 2)
+    return np.asarray(-(targets * np.log(np.clip(answers, 1e-6, 1))).sum(1))
+
+
+def one_hot(truth: np.ndarray, outputs: int) -> np.ndarray:
+    """True class ids (N,) as distributions (N, C); values (N,) as (N, 1) where outputs is 1."""
+    return truth[:, None] if outputs == 1 else np.eye(outputs)[truth.astype(int)]
 
 
 def bootstrap_ci95(metric: str, truth: np.ndarray, answers: np.ndarray, rounds: int = 500) -> float:

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray.cli import main
-from retrikt_ray.index.actors import ActorSearcher
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.knowledge import log
 from retrikt_ray.knowledge.compact import compact
@@ -31,6 +30,7 @@ from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.actors import ActorSearcher
 from retrikt_ray.task.texts import TextError
 
 QUERY = [("a sharp and brave but cold film", None)]

@@ -1,0 +1,108 @@
+"""`retrikt bench`: tasks x seeds x protocols x groups of systems, each cell a file, so that what was interrupted goes on where it was.
+
+OUT/TASK/seed-N/ is a run up to its store, made by the run's own stages; OUT/cells/TASK-seed-N-PROTOCOL-GROUP.json what the systems of a group
+score on its test split. Teacher and store are made once a task and seed, with the unlabelled texts; the protocol `generated` leaves those rows
+of the store out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from retrikt_ray import pipeline
+from retrikt_ray.bench.groups import GROUPS
+from retrikt_ray.bench.settings import BenchConfig
+from retrikt_ray.report.material import Material
+from retrikt_ray.runtime import cluster
+from retrikt_ray.runtime.artifacts import read_manifest
+from retrikt_ray.runtime.cluster import each, plan
+from retrikt_ray.runtime.folders import Folder, digest
+from retrikt_ray.runtime.progress import console
+from retrikt_ray.runtime.settings import Scaled
+
+VERSION = 1  # raise when the same store would give other scores
+STAGES = ("prepare", "teach", "reinforce", "generate", "annotate")
+INPUTS = ("task", "teacher", "store")
+SOURCES: dict[str, tuple[str, ...]] = {"generated": ("task", "generated"), "unlabelled": ()}  # of the store's rows, by protocol; none: all
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one task, or a part of it, measures."""
+
+    task: str
+    seed: int
+    protocol: str
+    group: str
+
+    @property
+    def file(self) -> str:
+        return f"{self.task}-seed-{self.seed}-{self.protocol}-{self.group}.json"
+
+
+def bench(config: BenchConfig, out: str) -> list[dict[str, Any]]:
+    """Make what is missing, and return all cells: {task, seed, protocol, group, metric, scores, numbers, seconds}.
+
+    1. Runs up to the store.  2. Cells.
+    """
+    root = Folder.at(out)
+    # 1. runs
+    runs = {(task, seed): made(config, root, task, seed) for seed in config.seeds for task in config.tasks}
+    # 2. cells
+    cells = [Cell(task, seed, p, g) for task, seed in runs for p in config.protocols for g in config.groups]
+    prints = {cell: fingerprint(cell, runs[cell.task, cell.seed]) for cell in cells}
+    found = {cell: read(root, cell, prints[cell]) for cell in cells}
+    missing = [cell for cell in cells if found[cell] is None]
+    if missing:
+        cluster.connect(None)
+        workers = plan(Scaled(), "bench")  # one thread a cell: they are small
+        calls = [(cell, runs[cell.task, cell.seed], root, prints[cell]) for cell in missing]
+        found |= dict(zip(missing, each(measure, calls, workers, "bench: cells"), strict=True))
+    return [found[cell] or {} for cell in cells]
+
+
+def made(config: BenchConfig, root: Folder, task: str, seed: int) -> pipeline.Run:
+    """The run of a task and seed, with a complete store."""
+    run = pipeline.open_run((root / task / f"seed-{seed}").uri, config.run_config(task, seed))
+    if any(run.status(pipeline.BY_NAME[name]) != "done" for name in STAGES):
+        console.print(f"[bold]{task}, seed {seed}[/bold]")
+        for name in STAGES:
+            pipeline.run_all(run, only=name)
+    return run
+
+
+def fingerprint(cell: Cell, run: pipeline.Run) -> str:
+    """What a cell's figures depend on."""
+    manifests = {name: read_manifest(run.artifact(name)) for name in INPUTS}
+    contents = {name: manifest.content for name, manifest in manifests.items() if manifest}
+    return digest({"cell": vars(cell), "version": VERSION, "inputs": contents, "distill": run.config.distill.fingerprint_view()})
+
+
+def read(root: Folder, cell: Cell, wanted: str) -> dict[str, Any] | None:
+    """A cell that was measured, or None."""
+    folder = root / "cells"
+    if not folder.exists(cell.file):
+        return None
+    found: dict[str, Any] = folder.read_json(cell.file)
+    return found if found["fingerprint"] == wanted else None
+
+
+def measure(cell: Cell, run: pipeline.Run, root: Folder, mark: str) -> dict[str, Any]:
+    """Fit a group's systems, ask them the test split, and write what they score (a Ray task)."""
+    import torch
+
+    from retrikt_ray.task.metrics import score
+
+    torch.set_num_threads(1)
+    began = time.time()
+    material = Material({name: run.artifact(name) for name in INPUTS}, cell.seed, 1, SOURCES[cell.protocol], run.config.distill)
+    texts, truth = material.split("test")
+    metric = material.task.metric
+    systems = GROUPS[cell.group](material)
+    scores = {name: score(metric, truth, system.answer(texts)) for name, system in systems.items()}
+    numbers = {name: system.parameters for name, system in systems.items()}
+    result = vars(cell) | {"metric": metric, "scores": scores, "numbers": numbers, "seconds": round(time.time() - began, 1)}
+    (root / "cells").write_json(cell.file, result | {"fingerprint": mark})
+    return result | {"fingerprint": mark}

@@ -1,0 +1,223 @@
+"""The n-gram memory: what each word, and each pair of words side by side, says of the label. A table, key n-gram, value class weights.
+
+A text's answer is softmax of bias + sum over its n-grams of their weights / sqrt(n), n being how many of them the table knows; in regression
+the sum itself. The weights are those of a multinomial logistic regression on n-grams weighted by inverse document frequency, learnt from the
+store by the teacher's labels (`learning.py`). They see what a student of 1 % of its teacher cannot hold: thousands of turns of phrase.
+
+On the disk a table is sorted hashes beside quantised weights, in one Arrow file that is mapped into memory: an answer touches the few
+pages that hold its n-grams. No n-gram is kept as text; what spoke for an answer is named from the text that was asked.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.task.texts import Text
+
+FILE = "ngrams.arrow"
+# Scripts that are written without spaces count by the character: Thai to Myanmar, Khmer, kana, Han.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+BETWEEN = "\x1f"  # stands between the texts of a pair
+SMALLEST = 1 / 64  # weights below this share of their n-gram's largest are left out
+STEPS = 127  # of a quantised weight, to either side
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """An n-gram of a text, and what it adds to the log-odds of a label (to the value, in regression)."""
+
+    ngram: str
+    weight: float
+
+
+def words_of(text: Text) -> list[str]:
+    """Words and marks of a text in lower case, in order."""
+    first, second = text
+    return WORD.findall(first.lower()) + ([BETWEEN, *WORD.findall(second.lower())] if second else [])
+
+
+@lru_cache(maxsize=2**17)
+def word_key(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Keys of word pairs from those of their words, uint64 (n,). The order counts (splitmix64's last steps)."""
+    mixed = first * np.uint64(0x9E3779B97F4A7C15) + second
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
+def keys_of(texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct n-grams of each text: keys (G,) uint64, and which text each belongs to (G,), ascending by text, then key."""
+    words = [words_of(text) for text in texts]
+    single = np.array([word_key(w) for some in words for w in some], np.uint64)
+    row = np.repeat(np.arange(len(texts)), [len(some) for some in words])
+    inside = row[1:] == row[:-1]
+    keys = np.concatenate([single, pair_keys(single[:-1], single[1:])[inside]])
+    rows = np.concatenate([row, row[1:][inside]])
+    order = np.lexsort((keys, rows))
+    keys, rows = keys[order], rows[order]
+    first = np.ones(len(keys), bool)
+    first[1:] = (keys[1:] != keys[:-1]) | (rows[1:] != rows[:-1])
+    return keys[first], rows[first]
+
+
+def named(text: Text) -> dict[int, str]:
+    """The n-grams of a text by key, as they read."""
+    words = words_of(text)
+    keys = np.array([word_key(w) for w in words], np.uint64)
+    pairs = pair_keys(keys[:-1], keys[1:]).tolist()
+    shown = {k: f"{a} {b}" for k, (a, b) in zip(pairs, pairwise(words), strict=True) if BETWEEN not in (a, b)}
+    return shown | {k: w for k, w in zip(keys.tolist(), words, strict=True) if w != BETWEEN}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A table of n-grams. Entries starts[i] .. starts[i + 1] - 1 are those of n-gram i."""
+
+    keys: np.ndarray  # (G,) uint64, sorted
+    idf: np.ndarray  # (G,) float32, inverse document frequency
+    scales: np.ndarray  # (G,) float32, weight of one step
+    starts: np.ndarray  # (G + 1,) int64
+    classes: np.ndarray  # (E,) int16
+    steps: np.ndarray  # (E,) int8
+    bias: np.ndarray  # (C,) float64
+    rows: int  # that it was learnt from
+
+    @staticmethod
+    def of(keys: np.ndarray, idf: np.ndarray, weights: np.ndarray, bias: np.ndarray, rows: int) -> Memory:
+        """Quantise and prune dense weights (G, C); keys sorted.
+
+        A constant over the classes of an n-gram says nothing (softmax), so one is taken away first that leaves most weights near 0: their
+        median, or the first of two.
+        """
+        classes = weights.shape[1]
+        common = np.median(weights, 1) if classes > 2 else weights[:, 0] if classes == 2 else np.zeros(len(weights))
+        dense = weights - common[:, None]
+        largest = np.abs(dense).max(1, initial=0)
+        scales = (largest / STEPS).astype(np.float32)
+        steps = np.rint(dense / np.maximum(scales, 1e-30)[:, None].astype(np.float64)).clip(-STEPS, STEPS).astype(np.int8)
+        held = (np.abs(dense) >= SMALLEST * largest[:, None]) & (steps != 0)
+        gram, classes = np.nonzero(held)
+        starts = np.searchsorted(gram, np.arange(len(keys) + 1)).astype(np.int64)
+        return Memory(keys, idf.astype(np.float32), scales, starts, classes.astype(np.int16), steps[held], bias, rows)
+
+    @property
+    def numbers(self) -> int:
+        """Weights in the table."""
+        return len(self.steps) + len(self.bias)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Where each key is in the table, -1 where it is not. (n,)"""
+        if not len(self.keys):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[at] == keys, at, -1)
+
+    def entries(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The entries of some n-grams, one after the other: which of `places` each belongs to, its class, its weight."""
+        low, counts = self.starts[places], self.starts[places + 1] - self.starts[places]
+        which = np.repeat(np.arange(len(places)), counts)
+        flat = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        return which, self.classes[flat], self.steps[flat] * self.scales[places][which].astype(np.float64)
+
+    def dense(self, places: np.ndarray) -> np.ndarray:
+        """Weights (n, C) of some n-grams."""
+        out = np.zeros((len(places), len(self.bias)))
+        which, classes, weights = self.entries(places)
+        out[which, classes] = weights
+        return out
+
+    def logits(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, C) log-odds, or values; and how many known n-grams each text has, (Q,)."""
+        keys, rows = keys_of(texts)
+        places = self.find(keys)
+        known = places >= 0
+        rows, classes = rows[known], len(self.bias)
+        found = np.bincount(rows, minlength=len(texts))
+        which, column, weights = self.entries(places[known])
+        sums = np.bincount(rows[which] * classes + column, weights, len(texts) * classes).reshape(len(texts), classes)
+        return self.bias + sums / np.sqrt(np.maximum(found, 1))[:, None], found
+
+    def answers(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """(Q, C) probabilities, or values; and 1 for a text with a known n-gram, else 0, (Q, 1)."""
+        logits, found = self.logits(texts)
+        return (softmax(logits) if logits.shape[1] > 1 else logits), (found > 0).astype(np.float64)[:, None]
+
+    def spoken(self, text: Text, label: int, most: int) -> list[Spoken]:
+        """The n-grams of a text that say most for or against a label, strongest first.
+
+        A weight is taken against the mean over the labels, so that the sum over n-grams is what they say of this label beside the others.
+        """
+        shown = named(text)
+        keys = np.array(sorted(shown), np.uint64)
+        places = self.find(keys)
+        keys, places = keys[places >= 0], places[places >= 0]
+        dense = self.dense(places) / np.sqrt(max(1, len(places)))
+        says = dense[:, label] - (dense.mean(1) if dense.shape[1] > 1 else 0)
+        order = [i for i in np.argsort(-np.abs(says), kind="stable")[:most] if says[i]]
+        return [Spoken(shown[int(keys[i])], float(says[i])) for i in order]
+
+    def changed(self, keys: np.ndarray, idf: np.ndarray, more: np.ndarray) -> Memory:
+        """The table with weights (n, C) added to those of some n-grams; keys sorted, idf (n,): theirs."""
+        places = self.find(keys)
+        old = places >= 0
+        weights = np.array(more, np.float64)
+        weights[old] += self.dense(places[old])
+        stay = np.setdiff1d(np.arange(len(self.keys)), places[old])
+        return merged([self.part(stay), Memory.of(keys, idf, weights, self.bias, self.rows)])
+
+    def part(self, places: np.ndarray) -> Memory:
+        """Of some n-grams alone; places ascending."""
+        counts = self.starts[places + 1] - self.starts[places]
+        held = np.arange(counts.sum()) + np.repeat(self.starts[places] - (np.cumsum(counts) - counts), counts)
+        starts = np.append(0, np.cumsum(counts))
+        return Memory(
+            self.keys[places], self.idf[places], self.scales[places], starts, self.classes[held], self.steps[held], self.bias, self.rows
+        )
+
+    def write(self, folder: Folder) -> None:
+        """One Arrow file with one row, so that reading it maps the arrays into memory."""
+        arrays = {k: getattr(self, k) for k in ARRAYS}
+        columns = {k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v)) for k, v in arrays.items()}
+        table = pa.table(columns | {"learnt_from": pa.array([self.rows], pa.int64())})
+        with folder.create(FILE) as path, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    @staticmethod
+    def unsealed(folder: Folder) -> Memory:
+        """Open a table that this process has just verified, or its own job has just written."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(folder.local() / FILE))).read_all()
+            arrays: dict[str, Any] = {k: table[k].chunk(0).values.to_numpy() for k in ARRAYS}
+            return Memory(**arrays, rows=table["learnt_from"][0].as_py())
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise ArtifactError(f"{folder} has no n-gram memory of this version ({error}); run `retrikt index` for its run") from None
+
+
+ARRAYS = ("keys", "idf", "scales", "starts", "classes", "steps", "bias")
+
+
+def merged(parts: list[Memory]) -> Memory:
+    """Tables of different n-grams as one."""
+    flat = {n: np.concatenate([getattr(p, n) for p in parts]) for n in ("keys", "idf", "scales", "classes", "steps")}
+    starts = np.append(0, np.cumsum(np.concatenate([np.diff(p.starts) for p in parts])))
+    whole = Memory(**flat, starts=starts, bias=parts[0].bias, rows=parts[0].rows)
+    return whole.part(np.argsort(whole.keys, kind="stable"))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))

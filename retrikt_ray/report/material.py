@@ -1,0 +1,84 @@
+"""What the systems of a report are fitted to, read when it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retrikt_ray.runtime.artifacts import check
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import Text, texts_of
+
+if TYPE_CHECKING:
+    from retrikt_ray.predictor import Predictor
+    from retrikt_ray.student.fit import DistillConfig
+    from retrikt_ray.student.model import Student
+    from retrikt_ray.student.rows import Rows
+
+
+@dataclass(frozen=True)
+class Material:
+    """What systems are fitted to, read when it is asked for. Travels to Ray tasks."""
+
+    inputs: dict[str, Folder]  # task, teacher, store, student, index
+    seed: int
+    threads: int
+    sources: tuple[str, ...] = ()  # of the store's rows; none: all
+    config: DistillConfig | None = None  # of students; None: the one that the run's student was trained with
+
+    @cached_property
+    def task(self) -> Task:
+        return Task.read(self.inputs["task"])
+
+    def split(self, name: str) -> tuple[list[Text], np.ndarray]:
+        """Texts of a split, and their true class ids or values (N,)."""
+        table = self.inputs["task"].read_table(f"{name}.parquet")
+        return texts_of(table), np.array(table["value"].to_pylist())
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The store's, of these sources."""
+        from retrikt_ray.student.rows import load_rows
+
+        rows, found = load_rows(self.inputs["store"]), self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist()
+        return rows.take([i for i, source in enumerate(found) if source in self.sources]) if self.sources else rows
+
+    @cached_property
+    def labelled(self) -> list[int]:
+        """The store's rows with a true label: the task's."""
+        return [i for i, value in enumerate(self.rows.truth.tolist()) if value == value]
+
+    @cached_property
+    def distill(self) -> DistillConfig:
+        """The config of students."""
+        from retrikt_ray.student.fit import DistillConfig
+
+        return self.config or DistillConfig(**check(self.inputs["student"], only=[]).config)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The run's student and knowledge, as the stages made them: a report does not look at edits."""
+        from retrikt_ray.knowledge.view import Places
+        from retrikt_ray.predictor import Predictor
+
+        return Predictor.at(Places(*(self.inputs[name] for name in ("task", "student", "store", "index"))), self.threads)
+
+
+def trained(material: Material, config: DistillConfig, index: list[int], held: list[int] | None = None) -> Student:
+    """A student of the run's own kind and size, trained in this process on some of the store's rows.
+
+    held: rows of the store that, beside validation, choose its weights.
+    """
+    from retrikt_ray.runtime.training import Solo
+    from retrikt_ray.student.fit import fit, untrained
+    from retrikt_ray.student.rows import joined_rows, load_validation
+
+    rows = material.rows
+    student = untrained(config, material.inputs["teacher"], rows, material.task.pair, material.seed)
+    unseen = joined_rows([load_validation(material.inputs["task"], rows.teacher.shape[1]), rows.take(held or [])])
+    fit(student, rows.take(index), unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
+    return student

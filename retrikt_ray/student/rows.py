@@ -1,0 +1,177 @@
+"""Rows that students are trained on: in memory, or in a store that is read as the training goes, so that memory does not grow with it.
+
+Some of a store's rows are held out: the student does not train on them. With the teacher's labels they choose the student's weights and
+the mixture of its voices (`index/mixture.py`), for which the few validation rows of a low-resource task are not enough.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+
+from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.tables import Source, matrix
+from retrikt_ray.task.metrics import one_hot
+from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
+
+COLUMNS = (*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value")
+HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that are not the task's own
+WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
+
+
+@dataclass
+class Rows:
+    """Rows as arrays."""
+
+    texts: list[Text]
+    teacher: torch.Tensor  # (N, C) probabilities, or (N, 1) values
+    embeddings: torch.Tensor | None  # (N, D) the teacher's, or None: no relation loss
+    truth: torch.Tensor  # (N,) true class id or value; NaN where unknown
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, index: list[int]) -> Rows:
+        return Rows(
+            [self.texts[i] for i in index],
+            self.teacher[index],
+            None if self.embeddings is None else self.embeddings[index],
+            self.truth[index],
+        )
+
+    def chunks(self) -> Iterator[list[Text]]:
+        """All texts, some at a time."""
+        yield self.texts
+
+    def batches(self, batch: int, epochs: int, seed: int) -> Batches:
+        return Batches([np.arange(len(self))], batch, epochs, seed)
+
+
+def joined_rows(parts: list[Rows]) -> Rows:
+    """Several rows as one."""
+    embeddings = [p.embeddings for p in parts if p.embeddings is not None]
+    return Rows(
+        [t for p in parts for t in p.texts],
+        torch.cat([p.teacher for p in parts]),
+        torch.cat(embeddings) if len(embeddings) == len(parts) else None,
+        torch.cat([p.truth for p in parts]),
+    )
+
+
+class StoreRows:
+    """The rows of a store at some positions, read a row group at a time; the last WINDOW groups stay in memory."""
+
+    def __init__(self, store: Folder, positions: np.ndarray) -> None:
+        """positions: sorted; row i of this is the store's row positions[i]."""
+        self.source, self.positions = Source.of(store), positions
+        self.firsts = np.array([first for _, _, first, _ in self.source.groups])
+        self.kept: OrderedDict[int, Rows] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """Row numbers by row group."""
+        cuts = np.searchsorted(self.positions, self.firsts[1:])
+        return [part for part in np.split(np.arange(len(self)), cuts) if len(part)]
+
+    def group(self, number: int) -> Rows:
+        if number not in self.kept:
+            if len(self.kept) >= WINDOW:
+                self.kept.popitem(last=False)
+            first, count = self.source.groups[number][2:]
+            _, table = next(self.source.read(first, first + count, COLUMNS))
+            self.kept[number] = rows_of(table)
+        self.kept.move_to_end(number)
+        return self.kept[number]
+
+    def take(self, index: list[int]) -> Rows:
+        if not index:
+            return self.group(0).take([])
+        positions = self.positions[index]
+        numbers = np.searchsorted(self.firsts, positions, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        parts = [
+            self.group(int(number)).take((positions[order[numbers[order] == number]] - self.firsts[number]).tolist())
+            for number in np.unique(numbers)
+        ]
+        return joined_rows(parts).take(np.argsort(order).tolist())
+
+    def chunks(self) -> Iterator[list[Text]]:
+        for part in self.groups:
+            yield self.take(part.tolist()).texts
+
+    def batches(self, batch: int, epochs: int, seed: int) -> Batches:
+        return Batches(self.groups, batch, epochs, seed)
+
+
+class Batches:
+    """Row numbers of every step of a training. Each epoch has an order of its own, which depends on (seed, epoch) alone.
+
+    Groups of rows are drawn in a random order, and the rows of WINDOW groups that follow each other are shuffled together: an epoch reads each
+    group once. With no more groups than that it is a plain shuffle.
+    """
+
+    def __init__(self, groups: list[np.ndarray], batch: int, epochs: int, seed: int) -> None:
+        self.groups, self.batch, self.seed = groups, batch, seed
+        self.per_epoch = -(-sum(len(g) for g in groups) // batch)
+        self.count = epochs * self.per_epoch
+        self.order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, place = divmod(step, self.per_epoch)
+        if self.order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            drawn = [self.groups[i] for i in rng.permutation(len(self.groups))]
+            windows = [np.concatenate(drawn[low : low + WINDOW]) for low in range(0, len(drawn), WINDOW)]
+            self.order = epoch, np.concatenate([rng.permutation(w) for w in windows])
+        rows: list[int] = self.order[1][place * self.batch : (place + 1) * self.batch].tolist()
+        return rows
+
+
+def rows_of(table: object) -> Rows:
+    """Rows from a table with COLUMNS."""
+    truth = [float("nan") if v is None else v for v in table["value"].to_pylist()]  # type: ignore[index]
+    teacher, embeddings = (torch.tensor(matrix(table[name])) for name in ("teacher_probs", "teacher_embedding"))  # type: ignore[index]
+    return Rows(texts_of(table), teacher, embeddings, torch.tensor(truth, dtype=torch.float32))
+
+
+def load_rows(store: Folder) -> Rows:
+    """The rows of a store, in memory."""
+    return rows_of(store.read_tables(columns=[*COLUMNS]))
+
+
+def load_validation(task: Folder, outputs: int) -> Rows:
+    """The validation rows of a task. Their true labels stand in for the teacher's, which is not asked."""
+    table = task.read_table("validation.parquet")
+    truth = np.array(table["value"].to_pylist(), dtype=np.float32)
+    return Rows(texts_of(table), torch.tensor(one_hot(truth, outputs), dtype=torch.float32), None, torch.tensor(truth))
+
+
+def held_out(store: Folder, seed: int) -> np.ndarray:
+    """Positions, sorted, of the store's rows that no student trains on."""
+    sources = store.read_tables(columns=["source"])["source"]
+    return drawn(np.flatnonzero(pc.not_equal(sources, "task").to_numpy(zero_copy_only=False)), seed)
+
+
+def drawn(eligible: np.ndarray, seed: int) -> np.ndarray:
+    """A tenth of some positions, at most MOST_HELD, sorted."""
+    count = min(MOST_HELD, int(len(eligible) * HELD_SHARE))
+    return np.sort(np.random.default_rng([seed, 7]).choice(eligible, count, replace=False))
+
+
+def load_store(store: Folder, seed: int) -> tuple[StoreRows, Rows]:
+    """The rows that a student trains on, and those that are held out."""
+    held, count = held_out(store, seed), Source.of(store).rows
+    rows = StoreRows(store, np.setdiff1d(np.arange(count), held))
+    return rows, StoreRows(store, held).take(list(range(len(held))))
