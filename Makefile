@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec bench-quality \
   bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults clean
 
 help: ## This list
@@ -69,6 +69,10 @@ $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 	$(PYTHON) -m venv $(VENV)-autofaiss
 	$(VENV)-autofaiss/bin/pip install -q autofaiss==2.18.0 "pyarrow<20" "faiss-cpu<1.12" # later ones do not go with it
 	@touch $@
+
+bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours)
+	RETRIKT_DATA=$${RETRIKT_DATA:-../shared} RETRIKT_ENCODER=$$($(BIN)/python -c "import jobs.bench; print(jobs.bench.encoder())") \
+	  HF_HUB_OFFLINE=1 $(BIN)/retrikt bench jobs/bench.yaml $(BENCH)
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss
 	$(BIN)/python -m jobs.bench_index build

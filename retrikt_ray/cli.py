@@ -66,12 +66,16 @@ def main(debug: bool) -> None:
 
 def finish(run: Any) -> None:
     """The summary of a finished run: the table, the report, and what to do next."""
+    from rich.markup import escape
+
     from retrikt_ray.report.table import as_table
     from retrikt_ray.runtime.progress import console
 
     store = run.report["store"]
     console.print(as_table(run.report))
     console.print(f"store: {store['kept']:,} rows kept of {store['by_source']}, rejected {store['rejected'] or 'none'}")
+    for advice in run.report["advice"]:
+        console.print(f"[yellow]note[/yellow]   {escape(advice['text'])}")
     console.print(f"report: {run.artifact('report')}/report.html")
     console.print(f"serve:  retrikt serve {run.folder}")
 
@@ -125,6 +129,20 @@ def bench(config: str, overrides: tuple[str, ...], out: str) -> None:
     text = markdown_all(run_bench(settings.load(config, overrides), out))
     Folder.at(out).write_bytes("bench.md", text.encode())
     click.echo(text)
+
+
+@main.command()
+@click.argument("run_uri", metavar="RUN")
+@click.argument("out", metavar="DIR")
+def export(run_uri: str, out: str) -> None:
+    """Write a folder that answers with numpy, tokenizers and faiss alone."""
+    from retrikt_ray.export.export import export as write
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.progress import console
+
+    cluster.quiet(None)
+    made = write(run_uri, out)
+    console.print(f"{out}: {made['rows']:,} rows, {made['bytes'] / 1e6:.1f} MB: {', '.join(made['files'])}")
 
 
 def stage_command(name: str, summary: str) -> click.Command:

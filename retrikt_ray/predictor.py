@@ -1,7 +1,7 @@
 """Prediction with evidence: the student's own answer mixed with what it retrieves: rows and n-grams (`index/mixture.py`).
 
 predictor = Predictor.open("runs/mine")
-answer = predictor.predict("There is water coming through the ceiling")    # or ("a text", "its second text"), or a list of such
+answer = predictor.predict("The river rises in the northern hills")    # or ("a text", "its second text"), or a list of such
 answer.labels, answer.scores, answer.neighbours
 """
 
@@ -26,7 +26,7 @@ from retrikt_ray.task.texts import Text, read_texts, shown
 if TYPE_CHECKING:
     from retrikt_ray.student.model import Student
 
-SHOWN = 5  # neighbours of a text in a notebook
+SHOWN = 5  # neighbours, and n-grams, of a text in a notebook
 MOST_SPOKEN = 8  # n-grams of a text that are named
 
 
@@ -87,13 +87,14 @@ class Prediction:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: each text with its answer and its nearest rows."""
+        """A table for notebooks: each text with its answer, its nearest rows, and the n-grams that say most."""
         rows = []
-        for text, label, score, near in zip(self.texts, self.labels, self.scores, self.neighbours, strict=True):
+        for text, label, score, near, spoken in zip(self.texts, self.labels, self.scores, self.neighbours, self.ngrams, strict=True):
             found = "<br>".join(f"{n.similarity:.2f} {escape(n.label)}: {escape(shown((n.text, n.text_pair)))}" for n in near[:SHOWN])
-            cells = (escape(shown(text)), f"<b>{escape(label)}</b>", f"{score:.2f}", found)
+            said = "<br>".join(f"{s.weight:+.2f} {escape(s.ngram)}" for s in spoken[:SHOWN])
+            cells = (escape(shown(text)), f"<b>{escape(label)}</b>", f"{score:.2f}", found, said)
             rows.append("<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in cells) + "</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("text", "label", "score", "nearest rows"))
+        head = "".join(f"<th>{name}</th>" for name in ("text", "label", "score", "nearest rows", "words that say most"))
         return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 

@@ -44,11 +44,19 @@ class Sides(TypedDict):
     lexical: list[Neighbour]
 
 
+class Spoken(TypedDict):
+    """A word or word pair of the text, and what it adds to the log-odds of the predicted label (to the value, in regression)."""
+
+    ngram: str
+    weight: float
+
+
 class Votes(TypedDict):
-    """What the rows of either side say together; None where none was found."""
+    """What the rows of either side say together, and the n-gram memory; None where nothing was found."""
 
     dense: list[Score] | None
     lexical: list[Score] | None
+    ngrams: list[Score] | None
 
 
 class Explanation(TypedDict):
@@ -59,7 +67,8 @@ class Explanation(TypedDict):
     votes: Votes
     neighbours: list[Neighbour]
     lexical_neighbours: list[Neighbour]
-    mixture: dict[str, float]  # weights of the student and both sides, and how they vote
+    ngrams: list[Spoken]  # those that say most, strongest first
+    mixture: dict[str, float]  # weights of the student and the votes, and how rows vote
 
 
 class ServerError(Exception):
@@ -100,7 +109,7 @@ class Client:
         return self._call("retrieve", {"inputs": _inputs(items), "k": k, "mode": "hybrid", "label": label, "source": source})
 
     def explain(self, items: Sequence[Item]) -> list[Explanation]:
-        """Predictions with the rows that voted on either side."""
+        """Predictions with the rows and n-grams that they rest on."""
         return self._call("explain", {"inputs": _inputs(items)})
 
     def info(self) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def main() -> int:
     parser.add_argument("--url", default=Client.url)
     parser.add_argument("--pair", action="store_true", help="the texts are the two texts of one pair")
     ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--explain", action="store_true", help="with the rows that voted")
+    ways.add_argument("--explain", action="store_true", help="with the rows and n-grams that it rests on")
     ways.add_argument("--retrieve", type=int, metavar="K", help="only the K nearest rows of the store")
     parser.add_argument("--mode", choices=("dense", "lexical", "hybrid"), help="with --retrieve: by vectors (default), by words, or both")
     parser.add_argument("--label", help="with --retrieve: only rows of this label")

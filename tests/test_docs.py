@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from retrikt_ray import config
+from retrikt_ray.bench import settings
 from retrikt_ray.cli import main
 
 REPO = Path(__file__).resolve().parent.parent
@@ -32,9 +33,23 @@ def test_the_key_list_is_up_to_date() -> None:
     assert (REPO / "docs" / "configuration.md").read_text() == config.documentation(), "run `make docs`"
 
 
-@pytest.mark.parametrize("path", sorted([*REPO.glob("jobs/*.yaml"), *REPO.glob("retrikt_ray/quickstart/*.yaml")]), ids=lambda p: p.name)
+BENCHES = {"bench.yaml"}
+CONFIGS = sorted(p for p in (*REPO.glob("jobs/*.yaml"), *REPO.glob("retrikt_ray/quickstart/*.yaml")) if p.name not in BENCHES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_every_shipped_config_loads(path: Path) -> None:
     assert config.load(str(path)).prepare.data
+
+
+def test_the_shipped_bench_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RETRIKT_DATA", "/somewhere")
+    monkeypatch.setenv("RETRIKT_ENCODER", "/an/encoder")
+    for name in BENCHES:
+        bench = settings.load(str(REPO / "jobs" / name))
+        runs = {task: bench.run_config(task, 3) for task in bench.tasks}
+        assert runs["trec"].prepare.data == "/somewhere/data/trec" and runs["trec"].seed == 3
+        assert {run.teach.annotator for run in runs.values()} == {"/an/encoder"}
 
 
 def test_configs_in_the_texts_load() -> None:

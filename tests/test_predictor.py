@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from making.tiny_run import LABELS, TEXTS, make_run
 
-from retrikt_ray.index.mixture import Mixture
+from retrikt_ray.index.mixture import NAMES, Mixture
+from retrikt_ray.index.ngrams import Memory, Spoken, pair_keys, word_key
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Neighbour
 from retrikt_ray.predictor import Prediction, Predictor
@@ -26,7 +28,7 @@ def close(got: np.ndarray, want: list[list[float]], within: float = 1e-12) -> No
 
 
 def by_hand(predictor: Predictor, text: str, rows: list[tuple[str, list[float]]]) -> np.ndarray:
-    """The answer for one text, from the formulas in plain loops: cosine, BM25 (k1 1.5, b 0.75), two softmax votes, three weights."""
+    """The answer for one text, from the formulas in plain loops: cosine, BM25 (k1 1.5, b 0.75), two softmax votes, n-grams, four exponents."""
     m = predictor.mixture
 
     def voted(scores: list[float], k: int, tau: float) -> np.ndarray | None:
@@ -45,12 +47,24 @@ def by_hand(predictor: Predictor, text: str, rows: list[tuple[str, list[float]]]
             rare = math.log(1 + (len(rows) - holders + 0.5) / (holders + 0.5))
             score += rare * row.count(word) / (row.count(word) + 1.5 * (0.25 + 0.75 * len(row) / mean))
         bm25.append(score or NONE)
-    answer, left = np.zeros(2), 1.0
     near, shared = voted((vectors[1:] @ vectors[0]).tolist(), m.k, m.tau), voted(bm25, m.lexical_k, m.lexical_tau)
-    for told, weight in ((near, m.dense), (shared, m.lexical)):
-        if told is not None:
-            answer, left = answer + weight * told, left - weight
-    return answer + left * student[0]
+    memory = predictor.knowledge.view.ngrams
+    table = said_by(memory, text)
+    odds = [math.exp(memory.bias[c] + sum(w[c] for w in table.values()) / math.sqrt(len(table) or 1)) for c in range(2)]
+    ngrams = np.array(odds) / sum(odds) if table else None
+    answer = np.ones(2)
+    for told, weight in ((student[0], m.student), (near, m.dense), (shared, m.lexical), (ngrams, m.ngrams)):
+        answer *= (0.98 * (student[0] if told is None else told) + 0.01) ** weight
+    return answer / answer.sum()
+
+
+def said_by(memory: Memory, text: str) -> dict[str, list[float]]:
+    """The words and word pairs of a text that a memory knows, and their weights by class."""
+    words = text.split()
+    keys = {w: word_key(w) for w in words}
+    keys |= {f"{a} {b}": int(pair_keys(*(np.array([word_key(w)], np.uint64) for w in (a, b)))[0]) for a, b in pairwise(words)}
+    places = {ngram: memory.keys.tolist().index(key) for ngram, key in keys.items() if key in memory.keys.tolist()}
+    return {ngram: memory.dense(np.array([place]))[0].tolist() for ngram, place in places.items()}
 
 
 def teacher(number: int) -> list[float]:
@@ -63,21 +77,26 @@ ROWS = [(text, teacher(i)) for i, text in enumerate(TEXTS)]
 QUERIES = ["a fine film", "the cast was cold", "weak weak plot", "words unheard of", "very never brave and dull"]
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (0.2, 0.8, 0.0), (0.2, 0.0, 0.8), (1.0, 0.0, 0.0)])
-def test_predict_is_the_formula_in_plain_loops(tmp_path: Path, weights: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize(
+    "weights", [(0.5, 0.3, 0.2, 0.4), (0.2, 0.8, 0.0, 0.0), (0.2, 0.0, 1.8, 0.0), (0.0, 0.0, 0.0, 2.5), (1.0, 0.0, 0.0, 0.0)]
+)
+def test_predict_is_the_formula_in_plain_loops(tmp_path: Path, weights: tuple[float, float, float, float]) -> None:
     predictor = Predictor.open(make_run(tmp_path, mixture=Mixture(*weights, 5, 0.1, 3, 1.5)))
     want = [by_hand(predictor, text, ROWS) for text in QUERIES]
     for evidence in (True, False):
         close(predictor.predict([(t, None) for t in QUERIES], evidence).answers, want, within=2e-6)  # float32 scores
-    assert predictor.predict([(QUERIES[3], None)]).lexical.positions.tolist() == [[-1] * 3]  # so this query had no lexical vote
+    strange = predictor.predict([(QUERIES[3], None)])
+    assert strange.lexical.positions.tolist() == [[-1] * 3]  # so this query had no lexical vote
+    assert {name: found.tolist() for name, (_, found) in strange.voices.items()} == {"dense": [[1]], "lexical": [[0]], "ngrams": [[0]]}
 
 
-@pytest.mark.parametrize(("dense", "lexical"), [(0.4, 0.0), (0.0, 0.4), (0.0, 0.0)])
-def test_predict_searches_no_side_without_need(tmp_path: Path, dense: float, lexical: float) -> None:
-    predictor = Predictor.open(make_run(tmp_path, mixture=Mixture(1 - dense - lexical, dense, lexical, 5, 0.1, 3, 1.5)))
+@pytest.mark.parametrize(("dense", "lexical", "ngrams"), [(0.4, 0.0, 0.0), (0.0, 0.4, 0.0), (0.0, 0.0, 0.4), (0.0, 0.0, 0.0)])
+def test_predict_asks_no_voice_without_need(tmp_path: Path, dense: float, lexical: float, ngrams: float) -> None:
+    predictor = Predictor.open(make_run(tmp_path, mixture=Mixture(0.6, dense, lexical, ngrams, 5, 0.1, 3, 1.5)))
     lean, full = (predictor.predict([("a fine film", None)], evidence) for evidence in (False, True))
     assert (lean.dense is not None, lean.lexical is not None) == (dense > 0, lexical > 0)
     assert full.dense is not None and full.lexical is not None
+    assert lean.voices.keys() == {name for name in NAMES[1:] if getattr(predictor.mixture, name)} and [*full.voices] == [*NAMES[1:]]
     assert (full.dense.positions.shape, full.lexical.positions.shape) == ((1, 5), (1, 3))  # k of either side
     np.testing.assert_array_equal(lean.answers, full.answers)
 
@@ -95,6 +114,11 @@ def test_part_of_a_prediction(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.labels, whole.labels[1:3])
         assert got.ids == whole.ids[1:3]
     assert every.dense.ids[0] != every.dense.ids[1]
+    assert part.voices.keys() == every.voices.keys() == {"dense", "lexical", "ngrams"}
+    for name, (said, found) in every.voices.items():
+        np.testing.assert_array_equal(part.voices[name][0], said[1:3])
+        np.testing.assert_array_equal(part.voices[name][1], found[1:3])
+    assert part.ngrams == every.ngrams[1:3] and every.ngrams[0] != every.ngrams[1]
     assert part.texts == every.texts[1:3] and part.labels == every.labels[1:3]
     assert predictor.predict(QUERIES, evidence=False).part(0, 1).neighbours is not None
 
@@ -117,6 +141,47 @@ def test_neighbours_are_rows_with_their_score(tmp_path: Path) -> None:
     alike = found.lexical_neighbours[1]
     assert [n.id for n in alike] == ["train-000005", "train-000011", "train-000006"]
     assert all(n.bm25 is not None and n.similarity is None for n in alike)
+
+
+def test_ngrams_are_those_of_the_text_that_say_most_for_its_answer_or_against(tmp_path: Path) -> None:
+    run = make_run(tmp_path, mixture=Mixture(0.0, 0.0, 0.0, 1.0, 5, 0.1, 3, 1.5))
+    predictor = Predictor.open(run)
+    texts = ["warm Robot", "weak robot", "warm weak warm", "words unheard of", " ".join(TEXTS)]
+    warm, weak, both, strange, much = (found := predictor.predict(texts)).ngrams
+    # Rows 1 and 4, both positive, have "warm"; 8 and 9, both negative, "weak"; none has "robot".
+    assert found.labels[:2] == ["positive", "negative"]
+    assert [[s.ngram for s in some] for some in (warm, weak, strange)] == [["warm"], ["weak"], []]
+    assert warm[0].weight > 0.1 and weak[0].weight > 0.1  # each is for its own answer
+    said = {s.ngram: s.weight for s in both}
+    assert said.keys() == {"warm", "weak"} and said[f"w{'arm' if found.labels[2] == 'positive' else 'eak'}"] > 0 > min(said.values())
+    # Each is the n-gram's own weight beside the mean over the labels, as it counts among the n-grams that are known; strongest first.
+    table, label = said_by(predictor.knowledge.view.ngrams, texts[4]), int(found.answers[4].argmax())
+    want = {ngram: (w[label] - sum(w) / 2) / math.sqrt(len(table)) for ngram, w in table.items()}
+    first = sorted(want, key=lambda ngram: -abs(want[ngram]))[:8]
+    assert len(want) > 8 and len(much) == 8
+    assert {s.ngram: s.weight for s in much} == {ngram: pytest.approx(want[ngram], abs=1e-9) for ngram in first}
+    assert [abs(s.weight) for s in much] == sorted((abs(s.weight) for s in much), reverse=True)
+
+
+def test_ngrams_follow_the_edits(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "zebra" not in {s.ngram for s in Predictor.open(run).predict("a zebra film").ngrams[0]}
+    Knowledge.open(run).add([{"id": "new", "text": "a zebra film", "label": "negative"}])
+    found = Predictor.open(run).predict("zebra")
+    (spoken,) = found.ngrams[0]
+    assert spoken == Spoken("zebra", spoken.weight) and (spoken.weight > 0) == (found.labels == ["negative"])
+    assert Predictor.open(run, edited=False).predict("zebra").ngrams == [[]]
+
+
+def test_ngrams_of_a_pair_in_regression(tmp_path: Path) -> None:
+    """A weight is in units of the value, and no pair of words reaches from one text into the other."""
+    predictor = Predictor.open(make_run(tmp_path, pair=True, regression=True))
+    found = predictor.predict(("warm", "weak"))
+    memory, said = predictor.knowledge.view.ngrams, {s.ngram: s.weight for s in found.ngrams[0]}
+    assert said.keys() == {"warm", "weak"}
+    # What parts the texts of a pair is an n-gram, too, and "warm" ends one of the store's first texts: four are known.
+    alone = {ngram: memory.dense(memory.find(np.array([word_key(ngram)], np.uint64)))[0, 0] for ngram in said}
+    assert said == {ngram: pytest.approx(weight / 2, abs=1e-9) for ngram, weight in alone.items()}
 
 
 def test_predict_takes_what_a_person_means(tmp_path: Path) -> None:
@@ -152,6 +217,7 @@ def test_a_prediction_says_what_it_found(tmp_path: Path) -> None:
     page = found._repr_html_()
     assert "a &lt;b&gt;dull&lt;/b&gt; film" in page and "<b>dull" not in page
     assert f"{found.neighbours[0][0].similarity:.2f} {found.neighbours[0][0].label}: a fine film" in page
+    assert f"{found.ngrams[0][0].weight:+.2f} {found.ngrams[0][0].ngram}<" in page
     values = Predictor.open(make_run(tmp_path / "values", regression=True)).predict("a fine film")
     assert values.scores == [values.answers[0, 0]] and values.labels == [f"{values.answers[0, 0]:.3g}"]
 
@@ -170,7 +236,7 @@ def test_edits_change_the_answer_and_edited_false_does_not_see_them(tmp_path: Pa
 
 
 def test_info(tmp_path: Path) -> None:
-    info = Predictor.open(make_run(tmp_path, mixture=Mixture(0.7, 0.2, 0.1, 16, 0.05, 8, 2.0))).info()
+    info = Predictor.open(make_run(tmp_path, mixture=Mixture(0.7, 0.2, 0.1, 0.6, 16, 0.05, 8, 2.0))).info()
     parameters = info["student"].pop("parameters")
     assert parameters > 0
     assert info == {
@@ -181,7 +247,12 @@ def test_info(tmp_path: Path) -> None:
         "student": {"kind": "static"},
         "store": {"rows": 12, "version": 0},
         "index": {"factory": "Flat", "shards": 2, "width": 8},
-        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 2.0},
+        "ngrams": {
+            "ngrams": 52,
+            "numbers": 54,
+        },  # the twelve rows' words and pairs; a weight each, as one of two labels is 0, and two biases
+        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "ngrams": 0.6}
+        | {"k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 2.0},
     }
 
 
@@ -194,7 +265,7 @@ def resealed(run: Folder, change: Any) -> None:
 
 def test_mixture_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    old = json.dumps({"student": 0.6, "dense": 0.4, "k": 8, "tau": 0.1}).encode()
+    old = json.dumps({"student": 0.6, "dense": 0.3, "lexical": 0.1, "k": 8, "tau": 0.1, "lexical_k": 8, "lexical_tau": 1.0}).encode()
     run.write_bytes("index/mixture.json", old)
 
     def named(body: dict[str, Any]) -> None:
@@ -203,7 +274,7 @@ def test_mixture_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"index/mixture\.json has \d+ bytes, its manifest says \d+"):
         Predictor.open(run)
     resealed(run, named)
-    with pytest.raises(ArtifactError, match=r"index/mixture\.json is not of this version .*lexical.*; run `retrikt index "):
+    with pytest.raises(ArtifactError, match=r"index/mixture\.json is not of this version .*ngrams.*; run `retrikt index "):
         Predictor.open(run)
 
 

@@ -22,7 +22,6 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 PENALTY = 30.0
 MOST_ROWS = 100_000  # that are learnt from, drawn at random from a larger store: bounds memory and time
 MOST_NUMBERS = 2_000_000  # n-grams x classes that are learnt
-LEAST_ROWS = 2  # that an n-gram must be in
 STEPS, EDIT_STEPS = 120, 20  # of L-BFGS
 TASK_ROWS = 10_000  # that a task counts
 
@@ -69,7 +68,6 @@ def of_texts(texts: list[Text], labels: np.ndarray) -> Memory:
 def of_rows(keys: np.ndarray, rows: np.ndarray, labels: np.ndarray) -> Memory:
     count, classes = labels.shape
     known, frequency = np.unique(keys, return_counts=True)
-    known, frequency = known[frequency >= LEAST_ROWS], frequency[frequency >= LEAST_ROWS]
     if len(known) > MOST_NUMBERS // classes:
         often = np.sort(np.lexsort((known, -frequency))[: MOST_NUMBERS // classes])
         known, frequency = known[often], frequency[often]

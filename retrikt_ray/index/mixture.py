@@ -141,13 +141,19 @@ def pays(name: str, gain: np.ndarray) -> bool:
 
 
 def best_vote(targets: np.ndarray, votes: Votes, taus: tuple[float, ...]) -> tuple[int, float]:
-    """k and tau of the vote with the smallest loss, over the rows that have neighbours."""
+    """k and tau of the vote over the rows that have neighbours: the fewest neighbours whose loss is within a standard error of the smallest."""
     some = np.isfinite(votes.scores[:, 0])
     if not some.any():
         return KS[0], taus[0]
     part, wanted = Votes(votes.scores[some], votes.labels[some]), targets[some]
-    pairs = [(k, tau) for k in KS for tau in taus]
-    return min(pairs, key=lambda p: float(losses(unscale(scale(cast(part, *p)[0])), wanted).mean()))
+    by_pair = {(k, tau): losses(unscale(scale(cast(part, k, tau)[0])), wanted) for k in KS for tau in taus}
+    best = min(by_pair.values(), key=lambda loss: float(loss.mean()))
+
+    def near(loss: np.ndarray) -> bool:
+        return bool((loss - best).mean() <= (loss - best).std() / np.sqrt(len(loss)))
+
+    k = next(k for k in KS if any(near(by_pair[k, tau]) for tau in taus))
+    return k, min(taus, key=lambda tau: float(by_pair[k, tau].mean()))
 
 
 def fit_weights(targets: np.ndarray, student: np.ndarray, voices: dict[str, Voice], own: bool) -> dict[str, float]:
@@ -159,8 +165,10 @@ def fit_weights(targets: np.ndarray, student: np.ndarray, voices: dict[str, Voic
     # What a voice has not found the student says.
     said = np.stack([*(found * scale(p) + (1 - found) * base for p, found in voices.values()), *([base] if own else [])])
     if base.shape[1] == 1:
-        weights = nnls(said[:, :, 0].T, targets[:, 0])[0]
-        weights = weights / weights.sum() if weights.sum() > 0 else np.full(len(names), 1 / len(names))
+        # The row of ones asks for a sum of 1. It costs no more than a factor, so what is smallest of all sums of 1 is found up to that.
+        errors = (said - targets)[:, :, 0].T
+        weights = nnls(np.vstack([errors, np.ones(len(names))]), np.append(np.zeros(len(errors)), 1))[0]
+        weights = weights / weights.sum()
     else:
 
         def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
@@ -168,6 +176,7 @@ def fit_weights(targets: np.ndarray, student: np.ndarray, voices: dict[str, Voic
             answers = unscale(added)
             return float(losses(answers, targets).mean()), np.einsum("vqc,qc->v", said, answers - targets) / len(targets)
 
-        found = minimize(loss, np.full(len(names), 1 / len(names)), jac=True, method="L-BFGS-B", bounds=[(0, 4)] * len(names))
-        weights = found.x if found.x.sum() > 0 else np.full(len(names), 1 / len(names))
+        start = np.full(len(names), 1 / len(names))
+        weights = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, 4)] * len(names)).x.round(4)
+        weights = weights if weights.any() else start
     return dict.fromkeys(NAMES, 0.0) | {name: round(float(w), 4) for name, w in zip(names, weights, strict=True)}

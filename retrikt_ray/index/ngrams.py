@@ -160,14 +160,13 @@ class Memory:
 
         A weight is taken against the mean over the labels, so that the sum over n-grams is what they say of this label beside the others.
         """
-        shown = named(text)
-        keys = np.array(sorted(shown), np.uint64)
+        keys, _ = keys_of([text])
         places = self.find(keys)
         keys, places = keys[places >= 0], places[places >= 0]
-        dense = self.dense(places) / np.sqrt(max(1, len(places)))
+        dense, shown = self.dense(places) / np.sqrt(max(1, len(places))), named(text)
         says = dense[:, label] - (dense.mean(1) if dense.shape[1] > 1 else 0)
-        order = [i for i in np.argsort(-np.abs(says), kind="stable")[:most] if says[i]]
-        return [Spoken(shown[int(keys[i])], float(says[i])) for i in order]
+        order = [i for i in np.argsort(-np.abs(says), kind="stable") if says[i] and int(keys[i]) in shown]
+        return [Spoken(shown[int(keys[i])], float(says[i])) for i in order[:most]]
 
     def changed(self, keys: np.ndarray, idf: np.ndarray, more: np.ndarray) -> Memory:
         """The table with weights (n, C) added to those of some n-grams; keys sorted, idf (n,): theirs."""

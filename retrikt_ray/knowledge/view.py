@@ -113,12 +113,17 @@ class Hits:
 
     positions: np.ndarray  # (Q, k) int64, -1 where there is none
     scores: np.ndarray  # (Q, k) cosine similarity, or BM25 score; -inf where there is none
-    ids: list[list[str]]  # of the rows found
     labels: np.ndarray  # (Q, k, C) the rows' teacher probabilities, or values in regression (C = 1)
+    names: pa.Array = field(repr=False)  # ids of all rows
+
+    @property
+    def ids(self) -> list[list[str]]:
+        """Of the rows found; taken when they are asked for, since a vote does not need them."""
+        return [self.names.take(pa.array(row[row >= 0])).to_pylist() for row in self.positions]
 
     def part(self, low: int, high: int) -> Hits:
         """Of the queries low .. high - 1."""
-        return Hits(self.positions[low:high], self.scores[low:high], self.ids[low:high], self.labels[low:high])
+        return Hits(self.positions[low:high], self.scores[low:high], self.labels[low:high], self.names)
 
 
 @dataclass(frozen=True)
@@ -211,10 +216,7 @@ class View:
         return self.hits(*self.words.search(texts, k, self.allowed(label, source)))
 
     def hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
-        ids = self.ids.take(pa.array(np.maximum(positions, 0).ravel())).to_pylist()
-        width = positions.shape[1]
-        found = [[ids[i * width + j] for j in range(width) if row[j] >= 0] for i, row in enumerate(positions)]
-        return Hits(positions, scores, found, self.labels[positions])
+        return Hits(positions, scores, self.labels[positions], self.ids)
 
     def neighbours(self, hits: Hits, by: str, most: int | None = None) -> list[list[Neighbour]]:
         """The rows that each query found, best first, at most `most` of them. by: what they were found by, similarity or bm25."""

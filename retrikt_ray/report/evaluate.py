@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from retrikt_ray.report.advice import advise
+from retrikt_ray.report.facts import numbers, store_facts, voices
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.systems import BY_NAME, SYSTEMS, part_of_store
 from retrikt_ray.runtime.artifacts import check
@@ -23,7 +25,7 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text, texts_of
 
-VERSION = 1
+VERSION = 2
 CHUNK = 256  # test rows that an actor of the teacher's pool answers at a time
 PART = "store:"  # the name of RetriKT on a part of the store begins so, and ends with the fraction
 EXAMPLE_NEIGHBOURS = 4
@@ -59,9 +61,12 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 1. ask
     asked = ask(config, inputs, seed, workers)
     # 2. compare
-    report = compare(inputs, asked, seed) | {
-        "examples": each(examples_of, [(inputs, config.examples, workers.threads)], workers, "evaluate: examples")[0]
-    }
+    material = Material(inputs, seed, workers.threads)
+    report = compare(inputs, asked, seed)
+    report["examples"] = each(examples_of, [(inputs, config.examples, workers.threads)], workers, "evaluate: examples")[0]
+    report["store"] |= each(store_facts, [(inputs["store"],)], workers, "evaluate: store")[0]
+    report["voices"], report["store_side"] = each(of_knowledge, [(material,)], workers, "evaluate: voices")[0]
+    report["advice"] = advise(report)
     # 3. write
     write(report, asked, inputs["task"], out["report"])
     scores = {
@@ -162,6 +167,10 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
     for name in ["teacher", *(n for n in systems if n != "retrikt")]:
         difference, half = paired_ci95(metric, truth, asked["retrikt"].answers, asked[name].answers)
         paired[name] = {"difference": difference, "ci95": half}
+    better = None
+    if "tfidf_labels" in asked:
+        difference, half = paired_ci95(metric, truth, asked["teacher"].answers, asked["tfidf_labels"].answers)
+        better = {"difference": difference, "ci95": half}
     teacher, store = inputs["teacher"].read_json("teacher.json"), inputs["store"].read_json("store.json")
     parts = sorted((name for name in asked if name.startswith(PART)), key=lambda name: asked[name].rows)
     sizes = [{"rows": asked[name].rows, "score": score(metric, truth, asked[name].answers)} for name in parts]
@@ -178,6 +187,7 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "teacher": {"name": teacher["annotator"], "generator": teacher["base"]} | costed("teacher"),
         "systems": systems,
         "paired": paired,
+        "teacher_over_tfidf": better,
         "store": {key: store[key] for key in ("generated", "kept", "rejected", "by_source")},
         "rl": learning_curves(inputs["policy"]),
         "store_size": [*sizes, {"rows": store["kept"], "score": systems["retrikt"]["score"]["mean"]}],
@@ -186,6 +196,14 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "ece": error,
         "seconds": {manifest.stage: manifest.seconds for manifest in stages},
     }
+
+
+def of_knowledge(material: Material) -> tuple[dict[str, Any], dict[str, int]]:
+    """What each voice did to the answers, and how large the knowledge is (a Ray task)."""
+    import torch
+
+    torch.set_num_threads(material.threads)
+    return voices(material), numbers(material)
 
 
 def learning_curves(policy: Folder) -> dict[str, Any]:

@@ -40,12 +40,22 @@ class Material:
         return texts_of(table), np.array(table["value"].to_pylist())
 
     @cached_property
+    def kept(self) -> np.ndarray:
+        """Positions of the store's rows of these sources."""
+        found = self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist()
+        return np.array([i for i, source in enumerate(found) if not self.sources or source in self.sources])
+
+    @cached_property
+    def source(self) -> np.ndarray:
+        """Of each row, (N,)."""
+        return np.array(self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist())[self.kept]
+
+    @cached_property
     def rows(self) -> Rows:
         """The store's, of these sources."""
         from retrikt_ray.student.rows import load_rows
 
-        rows, found = load_rows(self.inputs["store"]), self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist()
-        return rows.take([i for i, source in enumerate(found) if source in self.sources]) if self.sources else rows
+        return load_rows(self.inputs["store"]).take(self.kept.tolist())
 
     @cached_property
     def labelled(self) -> list[int]:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.stats import t as student_t
 
+from retrikt_ray.index.mixture import NAMES
 from retrikt_ray.report.systems import BY_NAME
 
 METRICS = {"macro_f1": "macro F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation", "spearman": "Spearman correlation"}
@@ -95,6 +96,7 @@ def render(report: dict[str, Any]) -> str:
         systems=systems,
         rival=next((s for s in systems[1:] if s["key"] in report["paired"]), None),  # the best of the others: systems are sorted
         figures=_figures(report, systems, f"{metric} (%)" if unit else metric, scale),
+        voices=_shares(report.get("mixture") or {}),
         share=_share,
         duration=lambda s: f"{s:.1f} s" if s < 60 else f"{round(s) // 60} min {round(s) % 60} s",
     )
@@ -102,6 +104,12 @@ def render(report: dict[str, Any]) -> str:
 
 def _count(n: float) -> str:
     return next((f"{n / size:.3g} {unit}" for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if n >= 0.9995 * size), f"{n:.3g}")
+
+
+def _shares(mixture: dict[str, Any]) -> dict[str, float]:
+    """The voices' weights as shares of their sum, as `Mixture.shares` has them; a report by another version may have fewer voices."""
+    weights = {name: mixture[name] for name in NAMES if name in mixture}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
 def _share(part: float, whole: float) -> str:

@@ -38,8 +38,7 @@ class Remade:
         """index: positions of the rows in the store."""
         from retrikt_ray.student.rows import drawn
 
-        own = set(material.labelled)
-        held = drawn(np.array([i for i in index if i not in own], int), material.seed).tolist()
+        held = np.array(index)[drawn(material.source[index], material.seed)].tolist()
         kept = sorted(set(index) - set(held))
         student, part = trained(material, config, kept, held), material.rows.take(index)
         labels, words = part.teacher.numpy(), Lexical([Postings.of([part.texts], 0)])

@@ -51,7 +51,9 @@ class StudentConfig(PretrainedConfig):
 def tokenized(tokenizer: Any, first: list[str], second: list[str] | None, max_tokens: int, special: bool) -> tuple[Tensor, Tensor]:
     """Token ids and mask, right-padded, (B, T) each."""
     out = tokenizer(first, second, padding=True, truncation=True, max_length=max_tokens, add_special_tokens=special, return_tensors="pt")
-    return out["input_ids"].long(), out["attention_mask"]
+    ids, mask = out["input_ids"].long(), out["attention_mask"].long()
+    more = int(not ids.shape[1])  # texts without a token, "\u200b" to some tokenizers, get one that does not count
+    return pad(ids, (0, more)), pad(mask, (0, more))
 
 
 class Static:

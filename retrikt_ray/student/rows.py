@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 
 from retrikt_ray.runtime.folders import Folder
@@ -21,7 +20,8 @@ from retrikt_ray.task.metrics import one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
 COLUMNS = (*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value")
-HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that are not the task's own
+HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that may be held out
+ENOUGH = 500  # unlabelled rows
 WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
 
 
@@ -160,12 +160,17 @@ def load_validation(task: Folder, outputs: int) -> Rows:
 
 def held_out(store: Folder, seed: int) -> np.ndarray:
     """Positions, sorted, of the store's rows that no student trains on."""
-    sources = store.read_tables(columns=["source"])["source"]
-    return drawn(np.flatnonzero(pc.not_equal(sources, "task").to_numpy(zero_copy_only=False)), seed)
+    return drawn(np.array(store.read_tables(columns=["source"])["source"].to_pylist()), seed)
 
 
-def drawn(eligible: np.ndarray, seed: int) -> np.ndarray:
-    """A tenth of some positions, at most MOST_HELD, sorted."""
+def drawn(sources: np.ndarray, seed: int) -> np.ndarray:
+    """Positions, sorted, of a tenth of the rows that may be held out, at most MOST_HELD. sources (N,): of each row.
+
+    Texts of the domain are as queries will be, so unlabelled ones are taken where there are enough; else generated ones; never the task's.
+    """
+    eligible = np.flatnonzero(sources == "unlabelled")
+    if len(eligible) < ENOUGH:
+        eligible = np.flatnonzero(sources != "task")
     count = min(MOST_HELD, int(len(eligible) * HELD_SHARE))
     return np.sort(np.random.default_rng([seed, 7]).choice(eligible, count, replace=False))
 

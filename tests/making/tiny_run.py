@@ -138,6 +138,6 @@ def make_run(
     queries = student.encode([(r["text"], r["text_pair"]) for r in rows])[1].numpy()
     config = IndexConfig(**({"shards": 2} | index))
     build_index(config, run / "store", run / "student", run / "index", queries, seed=seed, workers=None)
-    (run / "index").write_json("mixture.json", asdict(mixture or Mixture(0.5, 0.3, 0.2, 8, 0.1, 4, 1.0)))
+    (run / "index").write_json("mixture.json", asdict(mixture or Mixture(0.5, 0.3, 0.2, 0.3, 8, 0.1, 4, 1.0)))
     seal("index", "task", "store", "student", config=config)
     return run

@@ -56,7 +56,7 @@ def make_report(seed: int = 0) -> dict[str, Any]:
             "collapse": "step 3: KL 21.0",
         },
         "store_size": [{"rows": 600, "score": 0.71}, {"rows": 2500, "score": 0.75}],
-        "mixture": {"student": 0.7, "dense": 0.3, "k": 16, "tau": 0.05},
+        "mixture": {"student": 1.4, "dense": 0.6, "lexical": 0.0, "ngrams": 0.5, "k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 1.0},
         "reliability": [{"confidence": 0.55, "accuracy": 0.51, "count": 40}, {"confidence": None, "accuracy": None, "count": 0}],
         "ece": 0.0412,
         "examples": [example | {"neighbours": [neighbour]}, example | {"text": "a dull film", "label": "bad", "neighbours": []}],
@@ -221,7 +221,7 @@ def test_sections_without_data_are_left_out(page: str):
 def test_parts_show_their_figures(page: str):
     text = words(page)
     assert "marks step 2," in text and "at a collapse: step 3: KL 21.0." in text
-    assert "(16 neighbours) student 0.70" in text and "dense 0.30 " in text and "tau 0" not in text
+    assert "(16 neighbours) student 0.56 dense 0.24 lexical 0.00 ngrams 0.20 " in text and "tau 0" not in text  # of 1.4 + 0.6 + 0.5
     assert "duplicate 412" in text and "generated 2,372" in text
     assert "Expected calibration error: 0.041" in text
     assert "prepare 0.4 s" in text and "teach 2 min 0 s" in text
@@ -229,6 +229,11 @@ def test_parts_show_their_figures(page: str):
     assert "✓ right · predicted good (93%) · label good" in text
     assert "✗ wrong · predicted good (93%) · label bad" in text
     assert "a fine play similarity 0.83 · generated · good (90%)" in text
+
+
+def test_weights_of_a_report_by_another_version_are_shown_too():
+    report = make_report() | {"mixture": {"student": 0.7, "dense": 0.3, "k": 16, "tau": 0.05}}
+    assert "(16 neighbours) student 0.70 dense 0.30 " in words(render(report))
 
 
 def test_regression_shows_distances_and_three_decimals():

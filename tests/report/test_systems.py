@@ -1,8 +1,7 @@
-"""What each system of a report is fitted to."""
+"""What each system of a report is fitted to, and RetriKT made anew on a part of a store."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,36 +11,44 @@ import pytest
 import torch
 from making.tiny_run import LABELS, TEXTS, make_run, make_student
 
-from retrikt_ray.index.mixture import Mixture
-from retrikt_ray.report import systems
-from retrikt_ray.report.systems import BY_NAME, SYSTEMS, Material, part_of_store
-from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.student.fit import DistillConfig, Rows
+from retrikt_ray.index.learning import of_texts
+from retrikt_ray.index.mixture import ALONE, NAMES, Mixture
+from retrikt_ray.report import material as materials
+from retrikt_ray.report import remade, systems
+from retrikt_ray.report.material import Material
+from retrikt_ray.report.remade import Remade
+from retrikt_ray.report.systems import BY_NAME, SYSTEMS, part_of_store
+from retrikt_ray.student.fit import DistillConfig
+from retrikt_ray.student.rows import Rows
 from retrikt_ray.task.card import Task
+from retrikt_ray.task.texts import Text
 
 TASK = Task("tiny", "classification", tuple(LABELS), tuple(LABELS), "{label}: ", False, "accuracy")
+VALIDATION: tuple[list[Text], np.ndarray] = ([("a fine play", None), ("a dull play", None), ("never warm", None)], np.array([1.0, 0.0, 0.0]))
 
 
-def material(folder: Path) -> Any:
-    """Of a store whose rows 0 and 2 have a true label. Made by hand: no teacher, no training."""
-    sure = torch.tensor([0.9] * 6 + [0.1] * 6)
-    rows = Rows([(t, None) for t in TEXTS], torch.stack([1 - sure, sure], 1), None, torch.full((12,), float("nan")))
-    Folder.at(folder).write_json("mixture.json", asdict(Mixture(0.5, 0.3, 0.2, 4, 0.1, 4, 1.0)))
-    return SimpleNamespace(
-        rows=rows, labelled=[0, 2], distill=DistillConfig(), task=TASK, seed=3, threads=1, inputs={"index": Folder.at(folder)}
-    )
+def material(copies: int = 1) -> Any:
+    """Of a store of the tiny run's texts, so many times, whose rows 0 and 2 have a true label. Made by hand: no teacher, no training."""
+    sure = torch.tensor(([0.9] * 6 + [0.1] * 6) * copies)
+    texts = [(f"{t} {i}" if i else t, None) for i in range(copies) for t in TEXTS]
+    rows = Rows(texts, torch.stack([1 - sure, sure], 1), None, torch.full((12 * copies,), float("nan")))
+    source = np.array(["generated"] * len(texts))
+    source[[0, 2]] = "task"
+    more: dict[str, Any] = {"distill": DistillConfig(), "task": TASK, "seed": 3, "threads": 1, "split": lambda _: VALIDATION}
+    return SimpleNamespace(rows=rows, labelled=[0, 2], source=source, **more)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DistillConfig, list[int]]]:
-    """What students were trained with: config, and rows of the store."""
-    calls: list[tuple[DistillConfig, list[int]]] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[DistillConfig, list[int], list[int] | None]]:
+    """What students were trained with: config, rows of the store, and rows that chose their weights."""
+    calls: list[tuple[DistillConfig, list[int], list[int] | None]] = []
 
-    def trained(_: Any, config: DistillConfig, index: list[int]) -> Any:
-        calls.append((config, index))
+    def trained(_: Any, config: DistillConfig, index: list[int], held: list[int] | None = None) -> Any:
+        calls.append((config, index, held))
         return make_student(False, 2, 0)
 
-    monkeypatch.setattr(systems, "trained", trained)
+    for module in (systems, remade):
+        monkeypatch.setattr(module, "trained", trained)
     return calls
 
 
@@ -51,25 +58,87 @@ def test_every_system_is_named_once_and_retrikt_is_first() -> None:
     assert all(s.title and s.description for s in SYSTEMS)
 
 
-def test_students_of_the_labels_alone(asked: list[Any], tmp_path: Path) -> None:
-    some = material(tmp_path)
+def test_students_of_the_labels_alone(asked: list[Any]) -> None:
+    some = material()
     BY_NAME["student_kd_labels"].fit(some)
     BY_NAME["student_labels"].fit(some)
-    (kd, first), (labels, second) = asked
-    assert first == second == [0, 2]  # none of the generated rows
+    (kd, first, held), (labels, second, other) = asked
+    assert first == second == [0, 2] and not held and not other  # none of the generated rows
     assert kd == some.distill
     assert (labels.kd, labels.relation, labels.retrieval, labels.labels) == (0, 0, 0, 1)  # and no word of the teacher
 
 
-def test_a_part_of_the_store_keeps_the_tasks_rows(asked: list[Any], tmp_path: Path) -> None:
-    system, rows = part_of_store(material(tmp_path), 0.5)
-    ((config, index),) = asked
-    assert rows == len(index) == 2 + 5 and {0, 2} <= set(index) and len(set(index)) == 7
+def test_a_part_of_the_store_keeps_the_tasks_rows(asked: list[Any]) -> None:
+    system, rows = part_of_store(material(), 0.5)
+    ((config, index, held),) = asked
+    assert rows == len(index) == 2 + 5 and {0, 2} <= set(index) and len(set(index)) == 7 and not held  # too few to hold any out
     assert config == DistillConfig()
     answers = system.answer([("a fine film", None), ("dull", None)])
     np.testing.assert_allclose(answers.sum(1), 1, atol=1e-6)
-    part_of_store(material(tmp_path), 0.5)
+    part_of_store(material(), 0.5)
     assert asked[1][1] == index  # the same draw
+
+
+def test_retrikt_made_anew_holds_rows_out_of_everything_that_its_mixture_is_fitted_with(asked: list[Any]) -> None:
+    some = material(copies=4)
+    index = [0, 2, *range(3, 45)]
+    made = Remade.of(some, some.distill, index)
+    ((_, kept, held),) = asked
+    assert held is not None and len(held) == 4 and not {0, 2} & set(held)  # a tenth of 42
+    assert sorted([*kept, *held]) == index
+    unseen = made.unseen
+    assert unseen.texts == [*VALIDATION[0], *(some.rows.texts[i] for i in held)]
+    want = np.concatenate([[[0, 1], [1, 0], [1, 0]], some.rows.teacher[held].numpy()])
+    np.testing.assert_array_equal(unseen.targets, want)
+    assert [index[i] for i in np.flatnonzero(~unseen.others)] == held
+    # They find no row that is held out, and the n-gram memory has not seen one; answers come from all rows.
+    _, dense, lexical, _ = made.heard(unseen.texts, unseen.memory, unseen.others)
+    assert np.isfinite(dense.scores).sum(1).max() == len(kept) and np.isfinite(lexical.scores).sum(1).max() <= len(kept)
+    assert (unseen.memory.rows, made.memory.rows) == (len(kept), len(index))
+    everything = of_texts([some.rows.texts[i] for i in index], some.rows.teacher[index].numpy())
+    np.testing.assert_array_equal(made.memory.steps, everything.steps)
+    own = made.heard([some.rows.texts[held[0]]], made.memory)[1]
+    assert own.scores[0, 0] == pytest.approx(1, abs=1e-5) and np.isfinite(own.scores).sum() == len(index)
+
+
+def test_answers_of_some_voices(asked: list[Any]) -> None:
+    some = material()
+    made, texts = Remade.of(some, some.distill, list(range(12))), VALIDATION[0]
+    student = made.student.encode(texts)[0].numpy()
+    np.testing.assert_allclose(made.answer(texts, ALONE), 0.98 * student + 0.01, atol=1e-6)
+    np.testing.assert_array_equal(made.answer(texts), made.answer(texts, made.mixture))
+    both = Mixture(0.0, 0.0, 0.0, 1.0, 8, 0.1, 4, 1.0)
+    np.testing.assert_allclose(made.answer(texts, both), 0.98 * made.memory.answers(texts)[0] + 0.01, atol=1e-6)
+    for name in NAMES:
+        fitted = made.fitted(tuple(n for n in NAMES if n != name))
+        assert getattr(fitted, name) == 0 and sum(getattr(fitted, n) for n in NAMES) > 0
+
+
+def test_a_students_unseen_rows_are_validation_and_what_is_held_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, found = make_run(tmp_path / "run"), []
+
+    def fit(student: Any, rows: Rows, unseen: Rows, config: DistillConfig, seed: int, _: Any) -> None:
+        found.append((rows.texts, unseen.texts, unseen.teacher.tolist(), seed))
+
+    monkeypatch.setattr("retrikt_ray.student.fit.fit", fit)
+    monkeypatch.setattr("retrikt_ray.student.fit.untrained", lambda *_: make_student(False, 2, 0))
+    some = Material({name: run / name for name in ("task", "teacher", "store")}, 5, 1, config=DistillConfig())
+    materials.trained(some, some.distill, [3, 1], [8])
+    ((texts, unseen, targets, seed),) = found
+    assert [t for t, _ in texts] == [TEXTS[3], TEXTS[1]] and seed == 5
+    assert [t for t, _ in unseen] == [*TEXTS[:3], TEXTS[8]]
+    assert targets[:3] == [[0, 1]] * 3 and targets[3] == some.rows.teacher[8].tolist()
+
+
+def test_material_of_some_sources(tmp_path: Path) -> None:
+    """As the benches' protocols ask for: in the tiny run rows 1, 3, 5, ... are generated, the others the task's."""
+    run = make_run(tmp_path / "run")
+    inputs = {name: run / name for name in ("task", "store")}
+    assert [t for t, _ in Material(inputs, 0, 1, ("generated",)).rows.texts] == TEXTS[1::2]
+    assert Material(inputs, 0, 1, ("task",)).source.tolist() == ["task"] * 6 and Material(inputs, 0, 1).source[:2].tolist() == ["task", "generated"]
+    assert len(Material(inputs, 0, 1, ("task", "generated")).rows) == len(Material(inputs, 0, 1).rows) == 12
+    config = DistillConfig(size=0.5)
+    assert Material(inputs, 0, 1, config=config).distill is config
 
 
 def test_material_reads_a_run(tmp_path: Path) -> None:

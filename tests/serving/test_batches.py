@@ -122,7 +122,7 @@ def test_overload_is_refused_and_what_was_taken_is_answered(run: str) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_fault_in_a_batch_is_told_to_each_and_the_next_is_answered(run: str, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     """tau 0 makes every vote, and so every prediction, NaN, which JSON cannot say."""
-    broken = str(make_run(tmp_path / "broken", mixture=Mixture(0.5, 0.5, 0.0, 8, 0.0, 8, 1.0)))
+    broken = str(make_run(tmp_path / "broken", mixture=Mixture(0.5, 0.5, 0.0, 0.0, 8, 0.0, 8, 1.0)))
     with replica(broken, max_batch=3, **WAIT) as opened:
         answers = opened.together([("predict", {"inputs": "a film"}), ("explain", {"inputs": "a film"}), ("predict", {"inputs": ["a"]})])
         assert [a.status_code for a in answers] == [500] * 3

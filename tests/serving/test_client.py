@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import socket
 import subprocess
 import sys
@@ -60,7 +61,12 @@ def test_retrieval(single: str) -> None:
 
 def test_a_pair_is_explained(pairs: str) -> None:
     done = client("--url", pairs, "--pair", "--explain", "a film", "a play")
-    assert json.loads(done.stdout)["prediction"][0]["label"] == "LABEL_0"
+    explained = json.loads(done.stdout)
+    assert explained["prediction"][0]["label"] == "LABEL_0"
+    types = runpy.run_path(str(CLIENT))
+    assert explained.keys() == types["Explanation"].__annotations__.keys()
+    assert explained["votes"].keys() == types["Votes"].__annotations__.keys()
+    assert explained["ngrams"][0].keys() == types["Spoken"].__annotations__.keys()
 
 
 def test_errors_are_one_line(single: str) -> None:

@@ -62,6 +62,8 @@ def test_edits_are_seen_at_once(run: str, served: Replica) -> None:
     assert scores(after["predict"]) == scores(after["explain"]["prediction"]) == expected(run)
     assert scores(after["predict"])["negative"] > scores(before["predict"])["negative"] + 0.02
     assert after["explain"]["student"] == before["explain"]["student"]  # the student was not trained again
+    said = [{s["ngram"]: s["weight"] for s in answers["explain"]["ngrams"]} for answers in (before, after)]
+    assert "zebra" not in said[0] and (said[1]["zebra"] > 0) == (after["predict"][0]["label"] == "negative")
     only = served.post("retrieve", {"inputs": QUERY, "source": "added", "mode": "hybrid"}).json()
     assert [[r["id"] for r in only[side]] for side in ("dense", "lexical")] == [["new-1"], ["new-1"]]
 
@@ -151,4 +153,8 @@ def test_damaged_knowledge_is_not_answered_from(run: str, served: Replica, damag
     path.write_bytes(whole)
     assert asked(served)["retrieve"]["dense"][0]["id"] == "new"  # the mended file is read without a restart
     knowledge.delete(["new"])
-    assert asked(served) == close_to(before)
+    after = asked(served)
+    assert after["retrieve"] == close_to(before["retrieve"])
+    # In a new base the n-gram memory has learnt the row, and what it takes back is off by what a byte a weight leaves out.
+    within = 3e-3 if damaged == "base" else 1e-5
+    assert scores(after["predict"]) == pytest.approx(scores(before["predict"]), abs=within)

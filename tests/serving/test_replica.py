@@ -16,6 +16,7 @@ from retrikt_ray.predictor import Predictor
 from retrikt_ray.task.texts import Text
 
 PAIR = {"text": "a warm film", "text_pair": "never dull"}
+WEIGHTS = {"student": 0.5, "dense": 0.3, "lexical": 0.2, "ngrams": 0.3}  # of a tiny run
 LIMITS = {"max_texts": 300, "max_text_chars": 200, "max_body_bytes": 20_000}
 
 
@@ -81,32 +82,53 @@ def test_explain_shows_both_sides_and_what_they_voted(single: Replica, predictor
     answer = single.post("explain", {"inputs": "the cast was cold"}).json()
     found = predictor.predict("the cast was cold")
     assert found.dense is not None and found.lexical is not None
-    assert set(answer) == {"prediction", "student", "votes", "neighbours", "lexical_neighbours", "mixture"}
+    assert set(answer) == {"prediction", "student", "votes", "neighbours", "lexical_neighbours", "ngrams", "mixture"}
     assert scores(answer["prediction"]) == named(found.answers[0])
     assert scores(answer["student"]) == named(found.student[0])
     assert [answer["neighbours"]] == rows_of(predictor, found.dense, "similarity")
     assert [answer["lexical_neighbours"]] == rows_of(predictor, found.lexical, "bm25")
     assert (len(answer["neighbours"]), len(answer["lexical_neighbours"])) == (8, 4)
-    assert answer["mixture"] == {"student": 0.5, "dense": 0.3, "lexical": 0.2, "k": 8, "tau": 0.1, "lexical_k": 4, "lexical_tau": 1.0}
-    assert set(answer["votes"]) == {"dense", "lexical"}
+    assert answer["mixture"] == WEIGHTS | {"k": 8, "tau": 0.1, "lexical_k": 4, "lexical_tau": 1.0}
+    assert set(answer["votes"]) == {"dense", "lexical", "ngrams"}
     assert scores(answer["votes"]["dense"]) == close_to(named(voted(answer["neighbours"], "similarity", 0.1)))
     assert scores(answer["votes"]["lexical"]) == close_to(named(voted(answer["lexical_neighbours"], "bm25", 1.0)))
+    assert scores(answer["votes"]["ngrams"]) == named(predictor.knowledge.view.ngrams.answers(query("the cast was cold"))[0][0])
     for side in (answer["prediction"], answer["student"], *answer["votes"].values()):
         assert side[0]["score"] >= side[1]["score"]
-    # What is shown is what was mixed.
-    parts = [(0.5, scores(answer["student"])), (0.3, scores(answer["votes"]["dense"])), (0.2, scores(answer["votes"]["lexical"]))]
-    assert scores(answer["prediction"]) == close_to(named([sum(w * p[label] for w, p in parts) for label in LABELS]))
+    assert scores(answer["prediction"]) == close_to(pooled(answer))  # what is shown is what was mixed
 
 
-def test_explain_where_no_row_shares_a_word(single: Replica) -> None:
+def pooled(answer: dict[str, Any]) -> dict[str, float]:
+    """The product of what is shown, each to the power of its weight; the student stands in for what found nothing."""
+    said = {name: scores(answer["votes"].get(name) or answer["student"]) for name in WEIGHTS}
+    products = [math.prod((0.98 * said[name][label] + 0.01) ** weight for name, weight in WEIGHTS.items()) for label in LABELS]
+    return named([p / sum(products) for p in products])
+
+
+def test_explain_where_nothing_was_found(single: Replica) -> None:
     strange, plain = single.post("explain", {"inputs": ["unheard of", "a film"]}).json()
     assert (strange["votes"]["lexical"], strange["lexical_neighbours"]) == (None, [])
+    assert (strange["votes"]["ngrams"], strange["ngrams"]) == (None, [])
     assert plain["votes"]["lexical"] is not None and len(plain["lexical_neighbours"]) == 4
-    student, dense = scores(strange["student"]), scores(strange["votes"]["dense"])
-    assert scores(strange["prediction"]) == close_to(named([0.7 * student[label] + 0.3 * dense[label] for label in LABELS]))
+    assert plain["votes"]["ngrams"] is not None and {"a", "film"} <= {s["ngram"] for s in plain["ngrams"]}
+    for answer in (strange, plain):
+        assert scores(answer["prediction"]) == close_to(pooled(answer))
 
 
-def test_page_shows_both_sides_under_the_names_that_explain_gives_them(single: Replica) -> None:
+def test_explain_names_the_ngrams_of_each_text_that_say_most(single: Replica, predictor: Predictor) -> None:
+    texts = ["the plot was warm", "unheard of", "a weak plot"]
+    answers, want = single.post("explain", {"inputs": texts}).json(), predictor.predict(texts).ngrams
+    assert [a["ngrams"] for a in answers] == [
+        [{"ngram": s.ngram, "weight": pytest.approx(s.weight, abs=1e-9)} for s in some] for some in want
+    ]
+    # Rows 1 and 4, both positive, have "warm", 8 and 9, both negative, "weak".
+    for answer, ngram, label in ((answers[0], "warm", "positive"), (answers[2], "weak", "negative")):
+        said = {s["ngram"]: s["weight"] for s in answer["ngrams"]}
+        assert (said[ngram] > 0) == (answer["prediction"][0]["label"] == label)
+        assert abs(said[ngram]) == max(map(abs, said.values()))
+
+
+def test_page_shows_every_voice_under_the_names_that_explain_gives_them(single: Replica) -> None:
     page, answer = single.get("/").text, single.post("explain", {"inputs": "a film"}).json()
     sides = re.findall(r'name: "(\w+)", rows: "(\w+)".* row\.(\w+)\.toFixed', page)
     assert sides == [("dense", "neighbours", "similarity"), ("lexical", "lexical_neighbours", "bm25")]
@@ -114,7 +136,13 @@ def test_page_shows_both_sides_under_the_names_that_explain_gives_them(single: R
         assert {name} <= answer["votes"].keys() & answer["mixture"].keys()
         assert isinstance(answer[rows][0][score], float)
         assert {f'id="{name}-{part}"' for part in ("vote", "rows", "rest")} <= set(re.findall(r'id="[\w-]+"', page))
-    assert set(re.findall(r"found\.(\w+)", page)) <= answer.keys()
+    assert re.findall(r'MEMORY = \{ name: "(\w+)"', page) == ["ngrams"] and {"ngrams"} <= answer["votes"].keys() & answer["mixture"].keys()
+    assert set(re.findall(r"spoken\.(\w+)", page)) == answer["ngrams"][0].keys()
+    assert {rows for _, rows, _ in sides} | set(re.findall(r"found\.(\w+)", page)) == answer.keys()
+    assert set(re.findall(r"info\.(\w+)", page)) <= single.get("/info").json().keys()
+    # Whatever the script asks for by its id is there.
+    ids = set(re.findall(r' id="([\w-]+)"', page))
+    assert set(re.findall(r'\$\("([\w-]+)"\)', page)) | {f"ngrams-{part}" for part in ("vote", "for", "against")} <= ids
 
 
 def test_regression_of_a_pair_is_label_0(pairs: Replica) -> None:
@@ -143,7 +171,9 @@ def test_explain_in_regression(pairs: Replica) -> None:
         values[side] = sum(w * r["score"] for w, r in zip(weights, answer[rows], strict=True)) / sum(weights)
         assert answer["votes"][side] == [{"label": "LABEL_0", "score": pytest.approx(values[side], abs=1e-5)}]
     assert answer["student"] == [{"label": "LABEL_0", "score": values["student"]}]
-    mixed = 0.5 * values["student"] + 0.3 * values["dense"] + 0.2 * values["lexical"]
+    values["ngrams"] = float(found.voices["ngrams"][0][0, 0])
+    assert answer["votes"]["ngrams"] == [{"label": "LABEL_0", "score": values["ngrams"]}]
+    mixed = sum(weight * values[name] for name, weight in WEIGHTS.items())
     assert answer["prediction"] == [{"label": "LABEL_0", "score": pytest.approx(mixed, abs=1e-5)}]
 
 

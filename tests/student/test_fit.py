@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from making.tiny_run import TEXTS, make_student
+from making.tiny_run import TEXTS, make_run, make_student
 from torch.nn.functional import cross_entropy
 
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.student import fit as fitting
 from retrikt_ray.student import losses
-from retrikt_ray.student.fit import DistillConfig, Rows, distillation, fit, validation_loss
+from retrikt_ray.student.fit import DistillConfig, distillation, fit, unseen_loss
 from retrikt_ray.student.model import Student
+from retrikt_ray.student.rows import Batches, Rows, StoreRows, load_rows
 from retrikt_ray.task.texts import Text
 
 ALL: list[Text] = [(text, None) for text in TEXTS]
@@ -84,32 +87,56 @@ def test_token_dropout_hides_tokens_in_training() -> None:
     assert student.model.training  # so that a transformer drops out, too
 
 
-def test_the_best_weights_on_validation_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Validation says the opposite of the store, so the first look is the best one, and every further step makes it worse."""
+def test_the_loss_on_unseen_rows() -> None:
+    """The student's own, to the soft labels: -(0.25 log p0 + 0.75 log p1); in regression the squared error of values."""
+    student = make_student(False, 2, 0)
+    probs = student.encode(ALL[:2])[0].double().numpy()
+    some = Rows(ALL[:2], torch.tensor([[0.25, 0.75], [1.0, 0.0]]), None, torch.tensor([math.nan, 1.0]))
+    want = -(0.25 * math.log(probs[0, 0]) + 0.75 * math.log(probs[0, 1]) + math.log(probs[1, 0])) / 2
+    assert unseen_loss(student, some) == pytest.approx(want, rel=1e-5)
+    student = make_student(False, 1, 0)
+    value = student.encode(ALL[:1])[0].item()
+    assert unseen_loss(student, Rows(ALL[:1], torch.tensor([[value + 3]]), None, torch.zeros(1))) == pytest.approx(9, rel=1e-4)
+
+
+def test_the_best_weights_on_unseen_rows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They say the opposite of the store, so the first look is the best one, and every further step makes it worse."""
     monkeypatch.setattr(fitting, "MIN_STEPS", 48)
     student, some = make_student(False, 2, 0), rows()
-    validation = Rows(ALL, some.teacher, None, torch.tensor([float(i >= 6) for i in range(12)]))
+    unseen = Rows(ALL, torch.eye(2)[[0] * 6 + [1] * 6], None, torch.full((12,), math.nan))
     looks: list[float] = []
     config = DistillConfig(batch=4, epochs=1, learning_rate=0.05)
-    session = fit(student, some, validation, config, 0, lambda o, _, total: Watching(o, total, 0, student, validation, looks))
+    session = fit(student, some, unseen, config, 0, lambda o, _, total: Watching(o, total, 0, student, unseen, looks))
     assert session.total == 48 and len(looks) == 16  # never fewer steps
     assert min(looks) == looks[0] < looks[-1] - 0.1
-    assert validation_loss(student, validation) == pytest.approx(looks[0], rel=1e-6)
+    assert unseen_loss(student, unseen) == pytest.approx(looks[0], rel=1e-6)
     assert not student.model.training
 
 
 class Watching(Solo):
-    """Writes down the loss on validation where `fit` looks: every sixteenth of the way."""
+    """Writes down the loss on unseen rows where `fit` looks: every sixteenth of the way."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, total: int, seed: int, student: Student, validation: Rows, looks: list[float]
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, total: int, seed: int, student: Student, unseen: Rows, looks: list[float]) -> None:
         super().__init__(optimizer, total, seed)
-        self.student, self.validation, self.looks = student, validation, looks
+        self.student, self.unseen, self.looks = student, unseen, looks
 
     def done(self, step: int, note: str = "") -> None:
         if step % (self.total // 16) == 0:
-            self.looks.append(validation_loss(self.student, self.validation))
+            self.looks.append(unseen_loss(self.student, self.unseen))
+
+
+def test_a_store_that_is_read_as_the_training_goes_gives_the_same_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the same rows in memory in the same batches: what differs is where they lie."""
+    monkeypatch.setattr(fitting, "MIN_STEPS", 24)
+    store = make_run(tmp_path / "run") / "store"
+    answers = []
+    for some in (load_rows(store), StoreRows(store, np.arange(12))):
+        student = make_student(False, 2, 0)
+        groups = [np.arange(7), np.arange(7, 12)]  # the parts of the tiny run
+        monkeypatch.setattr(type(some), "batches", lambda _, batch, epochs, seed: Batches(groups, batch, epochs, seed))
+        fit(student, some, load_rows(store), DistillConfig(batch=4, epochs=1), 0, lambda o, _, total: Solo(o, total, 0))
+        answers.append(student.encode(ALL)[0])
+    assert torch.equal(*answers)
 
 
 def test_the_same_seed_gives_the_same_student_and_another_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,15 +144,8 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(monkeypatch: 
     students = []
     for seed in (0, 0, 1):
         student, some = make_student(False, 2, 0), rows()
-        validation = Rows(ALL, some.teacher, None, torch.tensor([float(i < 6) for i in range(12)]))
-        fit(
-            student,
-            some,
-            validation,
-            DistillConfig(batch=4, epochs=1, learning_rate=0.05),
-            seed,
-            lambda o, _, total, seed=seed: Solo(o, total, seed),
-        )
+        config = DistillConfig(batch=4, epochs=1, learning_rate=0.05)
+        fit(student, some, some, config, seed, lambda o, _, total, seed=seed: Solo(o, total, seed))
         students.append(student.encode(ALL)[0])
     assert torch.equal(students[0], students[1]) and not torch.equal(students[0], students[2])
     same = students[0].argmax(1) == some.teacher.argmax(1)

@@ -11,6 +11,7 @@ from retrikt_ray.task import metrics
 
 
 def one_hot(classes: list[int], count: int) -> np.ndarray:
+    """Sure answers."""
     return np.eye(count)[classes]
 
 
@@ -83,8 +84,14 @@ def test_reliability() -> None:
     assert error == pytest.approx((1 * 0.45 + 3 * (2.84 / 3 - 2 / 3)) / 4, abs=1e-12)
 
 
-def test_loss() -> None:
-    answers = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0]])
-    want = -(math.log(0.75) + math.log(0.5) + math.log(1e-6)) / 3  # a probability of 0 is floored at 1e-6
-    assert metrics.loss(np.array([1.0, 0.0, 1.0]), answers) == pytest.approx(want, abs=1e-12)
-    assert metrics.loss(np.array([1.0, 4.0]), np.array([[2.0], [1.0]])) == pytest.approx((1 + 9) / 2, abs=1e-12)
+def test_losses() -> None:
+    answers = np.array([[0.25, 0.75], [0.5, 0.5], [1.0, 0.0], [0.2, 0.8]])
+    targets = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.4, 0.6]])
+    want = [-math.log(0.75), -math.log(0.5), -math.log(1e-6), -0.4 * math.log(0.2) - 0.6 * math.log(0.8)]  # 0 is floored at 1e-6
+    np.testing.assert_allclose(metrics.losses(answers, targets), want, rtol=0, atol=1e-12)
+    assert metrics.losses(np.array([[2.0], [1.0]]), np.array([[1.0], [4.0]])).tolist() == [1, 9]
+
+
+def test_one_hot() -> None:
+    assert metrics.one_hot(np.array([1.0, 0.0]), 3).tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert metrics.one_hot(np.array([1.5, -2.0]), 1).tolist() == [[1.5], [-2.0]]

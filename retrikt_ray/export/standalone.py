@@ -1,0 +1,193 @@
+"""Answers of an exported RetriKT student, with numpy, tokenizers and faiss alone.
+
+    from answer import Model
+
+    model = Model()                     # of the folder that this file lies in
+    model.predict(["a text", ...])      # [{"label", "score", "scores", "neighbours", "ngrams"}, ...]; a pair is ("a text", "its second")
+
+On the command line: python answer.py "a text" "another".
+"""
+
+import json
+import re
+import sys
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from tokenizers import Tokenizer
+
+FLOOR = 0.02  # of a voice's probability that is spread over all classes before voices are multiplied
+K1, B = 1.5, 0.75  # of BM25
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts counted by character
+WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+BETWEEN = "\x1f"
+SHOWN = 5
+
+
+def softmax(x: Any) -> Any:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+class Model:
+    """The student, its store and its n-gram memory."""
+
+    def __init__(self, folder: Any = None) -> None:
+        folder = Path(folder or Path(__file__).parent)
+        self.card = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        arrays = np.load(folder / "weights.npz")
+        self.w = {name: arrays[name] for name in arrays.files}
+        self.index = faiss.read_index(str(folder / "vectors.faiss"))
+        self.rows = [json.loads(line) for line in (folder / "store.jsonl").open(encoding="utf-8")]
+        self.mixture = self.card["mixture"]
+        self.postings: Any = self.count_words() if self.mixture["lexical"] else None
+
+    def predict(self, texts: Any, evidence: bool = True) -> Any:
+        """Answer some texts, each a string, or in pair tasks two of them."""
+        return [self.one(t if isinstance(t, (tuple, list)) else (t, None), evidence) for t in texts]
+
+    def one(self, text: Any, evidence: bool = True) -> Any:
+        """Answer one text (first, second or None)."""
+        m = self.mixture
+        own, vector = self.student(text)
+        total, left = np.zeros_like(own), sum(m[name] for name in ("student", "dense", "lexical", "ngrams"))
+        near, similar = self.nearest(vector, m["k"])
+        voices = {"dense": self.vote(near, similar, m["tau"])}
+        if m["lexical"]:
+            rows, scores = self.bm25(text, m["lexical_k"])
+            voices["lexical"] = self.vote(rows, scores, m["lexical_tau"])
+        spoken = self.spoken(text)
+        voices["ngrams"] = self.of_ngrams(spoken)
+        for name, answer in voices.items():
+            if m[name] and answer is not None:
+                total = total + m[name] * self.scaled(answer)
+                left -= m[name]
+        total = total + left * self.scaled(own)
+        answer = softmax(total) if len(total) > 1 else total
+        labels, best = self.card["labels"], int(answer.argmax())
+        found = (
+            {"label": labels[best], "score": float(answer[best])} if labels else {"label": f"{answer[0]:.2f}", "score": float(answer[0])}
+        )
+        found["scores"] = answer.tolist()
+        if evidence:
+            found["neighbours"] = [self.rows[i] | {"similarity": float(s)} for i, s in zip(near[:SHOWN], similar[:SHOWN], strict=True)]
+            found["ngrams"] = self.named(spoken, best)
+        return found
+
+    # the student
+
+    def student(self, text: Any) -> Any:
+        """Answer (C,) and unit query vector (width,)."""
+        sides = [self.side(part or "") for part in (text if self.card["pair"] else text[:1])]
+        vector = sides[0]
+        if self.card["pair"]:
+            a, b = sides
+            vector = np.concatenate([a, b, np.abs(a - b), a * b])
+        logits = self.w["head"] @ vector + self.w["head_bias"]
+        answer = softmax(logits) if len(logits) > 1 else logits * self.card["scale"] + self.card["shift"]
+        return answer.astype(np.float64), vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+    def side(self, text: str) -> Any:
+        """What the student makes of one text."""
+        ids: Any = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.card["max_tokens"]]
+        ids = self.w["token_map"][ids] if ids else np.zeros(0, np.int64)
+        embedded, weights = self.w["embedding"][ids], np.exp(self.w["importance"][ids])
+        mean = (embedded * weights[:, None]).sum(0) / max(float(weights.sum()), 1e-6)
+        if "filters" not in self.w:
+            return mean
+        if not len(ids):
+            return np.concatenate([mean, np.zeros(len(self.w["filters"]), mean.dtype)])
+        span = self.w["filters"].shape[1] // embedded.shape[1]
+        padded = np.pad(embedded, ((span // 2, span // 2), (0, 0)))
+        windows = np.concatenate([padded[i : i + len(ids)] for i in range(span)], 1)
+        return np.concatenate([mean, np.maximum(windows @ self.w["filters"].T + self.w["filters_bias"], 0).max(0)])
+
+    # what is retrieved
+
+    def nearest(self, vector: Any, k: int) -> Any:
+        similar, near = self.index.search(np.ascontiguousarray(vector[None], np.float32), min(k, len(self.rows)))
+        return near[0].tolist(), similar[0]
+
+    def vote(self, rows: Any, scores: Any, tau: float) -> Any:
+        """Mean of some rows' labels, weighted by softmax of score / tau; None where there is no row."""
+        return softmax(np.asarray(scores, np.float64) / tau) @ self.w["labels"][rows].astype(np.float64) if len(rows) else None
+
+    def scaled(self, answer: Any) -> Any:
+        return answer if len(answer) == 1 else np.log((1 - FLOOR) * answer + FLOOR / len(answer))
+
+    def spoken(self, text: Any) -> Any:
+        """(n-gram, its place in the table) of a text's n-grams that are known."""
+        words = WORD.findall(text[0].lower()) + ([BETWEEN, *WORD.findall(text[1].lower())] if text[1] else [])
+        keys = np.array([int.from_bytes(blake2b(w.encode(), digest_size=8).digest(), "little") for w in words], np.uint64)
+        first, second = keys[:-1], keys[1:]
+        mixed = first * np.uint64(0x9E3779B97F4A7C15) + second
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        pairs = mixed ^ (mixed >> np.uint64(31))
+        names = dict(zip(pairs.tolist(), (f"{a} {b}" for a, b in pairwise(words)), strict=True))
+        names |= dict(zip(keys.tolist(), words, strict=True))
+        table, wanted = self.w["ngram_keys"], np.array(sorted(names), np.uint64)
+        at = np.minimum(np.searchsorted(table, wanted), max(len(table) - 1, 0))
+        return [(names[int(k)], int(i)) for k, i in zip(wanted, at, strict=True) if len(table) and table[i] == k]
+
+    def weights_of(self, place: int) -> Any:
+        """What an n-gram says of each class, (C,)."""
+        low, high = self.w["ngram_starts"][place : place + 2]
+        out = np.zeros(len(self.w["ngram_bias"]))
+        out[self.w["ngram_classes"][low:high]] = self.w["ngram_steps"][low:high] * float(self.w["ngram_scales"][place])
+        return out
+
+    def of_ngrams(self, spoken: Any) -> Any:
+        if not spoken:
+            return None
+        logits = self.w["ngram_bias"] + sum(self.weights_of(place) for _, place in spoken) / np.sqrt(len(spoken))
+        return softmax(logits) if len(logits) > 1 else logits
+
+    def named(self, spoken: Any, label: int) -> Any:
+        """The n-grams that say most for or against an answer."""
+        says = []
+        for ngram, place in spoken:
+            weights = self.weights_of(place)
+            says.append((float(weights[label] - (weights.mean() if len(weights) > 1 else 0)) / np.sqrt(len(spoken)), ngram))
+        strongest = sorted((s for s in says if BETWEEN not in s[1]), key=lambda s: -abs(s[0]))[:SHOWN]
+        return [{"ngram": ngram, "weight": weight} for weight, ngram in strongest]
+
+    def count_words(self) -> Any:
+        """Of each word the rows that hold it and how often, and the rows' lengths."""
+        found: Any = {}
+        lengths = np.zeros(len(self.rows), np.float32)
+        for i, row in enumerate(self.rows):
+            for word in plain_words((row["text"], row.get("text_pair"))):
+                found.setdefault(word, {}).setdefault(i, 0)
+                found[word][i] += 1
+                lengths[i] += 1
+        return found, lengths
+
+    def bm25(self, text: Any, k: int) -> Any:
+        """The k rows with the highest scores, best first, and the scores."""
+        postings, lengths = self.postings
+        scores, count, mean = np.zeros(len(lengths)), len(lengths), max(1.0, float(lengths.mean()))
+        for word in plain_words(text):
+            rows = postings.get(word)
+            if rows:
+                at, times = np.array(list(rows)), np.array(list(rows.values()), float)
+                weight = np.log(1 + (count - len(rows) + 0.5) / (len(rows) + 0.5))
+                scores[at] += weight * times / (times + K1 * (1 - B + B * lengths[at] / mean))
+        best = np.argsort(-scores, kind="stable")[:k]
+        best = best[scores[best] > 0]
+        return best.tolist(), scores[best]
+
+
+def plain_words(text: Any) -> Any:
+    return re.findall(r"\b\w+\b", " ".join(part for part in text if part).lower())
+
+
+if __name__ == "__main__":
+    for answer in Model().predict(sys.argv[1:]):
+        print(json.dumps(answer, ensure_ascii=False))

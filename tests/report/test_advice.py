@@ -1,0 +1,87 @@
+"""Each piece of advice comes from a rule: given where its condition holds, and not where it just does not."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from retrikt_ray.report.advice import RULES, advise
+
+FINE: dict[str, Any] = {
+    "labels": ["a", "b", "c", "d"],
+    "rows": {"train": 256, "validation": 200, "test": 900},
+    "systems": {"tfidf_labels": {}},
+    "paired": {
+        "student_labels": {"difference": 0.05, "ci95": 0.02},
+        "student_kd_store": {"difference": 0.02, "ci95": 0.01},
+        "tfidf_store": {"difference": 0.03, "ci95": 0.02},
+        "tfidf_labels": {"difference": 0.09, "ci95": 0.03},
+    },
+    "teacher_over_tfidf": {"difference": 0.1, "ci95": 0.04},
+    "store": {"agreement": 0.7, "begin_with_a_letter": {"generated": 0.97, "task": 1.0}},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    report = deepcopy(FINE)
+    *parents, leaf = path.split("/")
+    part = report
+    for key in parents:
+        part = part[key]
+    part[leaf] = value
+    return report
+
+
+def rules(report: dict[str, Any]) -> list[str]:
+    return [advice["rule"] for advice in advise(report)]
+
+
+def test_a_good_run_needs_no_advice() -> None:
+    assert rules(FINE) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "value", "just_not"),
+    [
+        ("teacher_no_better", "teacher_over_tfidf", {"difference": 0.03, "ci95": 0.04}, {"difference": 0.05, "ci95": 0.04}),
+        ("store_adds_nothing", "paired/student_labels", {"difference": 0.01, "ci95": 0.02}, {"difference": 0.021, "ci95": 0.02}),
+        ("retrieval_adds_nothing", "paired/student_kd_store", {"difference": -0.02, "ci95": 0.01}, {"difference": 0.0, "ci95": 0.01}),
+        ("cheaper_is_better", "paired/tfidf_store", {"difference": -0.03, "ci95": 0.02}, {"difference": -0.01, "ci95": 0.02}),
+        ("generated_off_label", "store/agreement", 0.3, 0.38),  # 4 classes: chance 0.25, wanted 0.375
+        ("generated_off_task", "store/begin_with_a_letter", {"generated": 0.8, "task": 1.0}, {"generated": 0.96, "task": 1.0}),
+        ("too_few_rows", "rows/validation", 99, 100),
+    ],
+)
+def test_a_rule_speaks_where_its_condition_holds(rule: str, path: str, value: Any, just_not: Any) -> None:
+    assert rules(changed(path, value)) == [rule]
+    assert rules(changed(path, just_not)) == []
+
+
+def test_what_a_report_lacks_is_not_advised_on() -> None:
+    bare = FINE | {"paired": {}, "teacher_over_tfidf": None, "store": {}, "labels": []}
+    assert rules(bare) == []
+    assert rules(FINE | {"store": {"agreement": None, "begin_with_a_letter": {"task": 1.0}}}) == []
+
+
+def test_advice_names_what_was_measured_and_what_to_change() -> None:
+    (advice,) = advise(changed("teacher_over_tfidf", {"difference": -0.012, "ci95": 0.04}))
+    assert "-1.2 ± 4.0 points" in advice["text"] and "256 labelled rows" in advice["text"] and "teach.annotator" in advice["text"]
+    behind = changed("paired/tfidf_store", {"difference": -0.05, "ci95": 0.02})
+    behind["paired"]["student_labels"] = {"difference": -0.03, "ci95": 0.02}
+    texts = {a["rule"]: a["text"] for a in advise(behind)}
+    assert texts["cheaper_is_better"].startswith("tfidf_store is 5.0 points ahead")  # the one furthest ahead
+    assert next(iter(texts)) == "cheaper_is_better"  # and first
+
+
+def test_every_rule_is_tried_here() -> None:
+    assert {rule.__name__ for rule in RULES} == {
+        "teacher_no_better",
+        "store_adds_nothing",
+        "retrieval_adds_nothing",
+        "cheaper_is_better",
+        "generated_off_label",
+        "generated_off_task",
+        "too_few_rows",
+    }
