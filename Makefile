@@ -71,7 +71,7 @@ $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 	@touch $@
 
 bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours)
-	RETRIKT_DATA=$${RETRIKT_DATA:-../shared} RETRIKT_ENCODER=$$($(BIN)/python -c "import jobs.bench; print(jobs.bench.encoder())") \
+	RETRIKT_ENCODER=$$($(BIN)/python -c "import jobs.bench; print(jobs.bench.encoder())") \
 	  HF_HUB_OFFLINE=1 $(BIN)/retrikt bench jobs/bench.yaml $(BENCH)
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss

@@ -42,13 +42,17 @@ class Material:
     @cached_property
     def kept(self) -> np.ndarray:
         """Positions of the store's rows of these sources."""
-        found = self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist()
-        return np.array([i for i, source in enumerate(found) if not self.sources or source in self.sources])
+        from retrikt_ray.student.rows import sources_of
+
+        found = sources_of(self.inputs["store"])
+        return np.flatnonzero(np.isin(found, self.sources)) if self.sources else np.arange(len(found))
 
     @cached_property
     def source(self) -> np.ndarray:
         """Of each row, (N,)."""
-        return np.array(self.inputs["store"].read_tables(columns=["source"])["source"].to_pylist())[self.kept]
+        from retrikt_ray.student.rows import sources_of
+
+        return sources_of(self.inputs["store"])[self.kept]
 
     @cached_property
     def rows(self) -> Rows:
@@ -85,10 +89,11 @@ def trained(material: Material, config: DistillConfig, index: list[int], held: l
     """
     from retrikt_ray.runtime.training import Solo
     from retrikt_ray.student.fit import fit, untrained
-    from retrikt_ray.student.rows import joined_rows, load_validation
+    from retrikt_ray.student.rows import balanced, joined_rows, load_validation
 
     rows = material.rows
     student = untrained(config, material.inputs["teacher"], rows, material.task.pair, material.seed)
     unseen = joined_rows([load_validation(material.inputs["task"], rows.teacher.shape[1]), rows.take(held or [])])
-    fit(student, rows.take(index), unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
+    rows = rows.take(balanced(np.array(index), material.source).tolist())
+    fit(student, rows, unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
     return student

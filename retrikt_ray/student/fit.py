@@ -79,7 +79,8 @@ def fit(
     body = [p for n, p in model.named_parameters() if not n.startswith("head.")]
     optimizer = torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": HEAD_RATE * rate}], weight_decay=0.01)
     per_epoch = -(-len(rows) // config.batch)
-    batches = rows.batches(config.batch, max(config.epochs, -(-MIN_STEPS // per_epoch)), seed)
+    passes = -(-config.epochs * rows.distinct // len(rows))  # over the rows as they are repeated
+    batches = rows.batches(config.batch, max(passes, -(-MIN_STEPS // per_epoch)), seed)
     best = {k: v.detach().clone() for k, v in model.state_dict().items()}
     best_loss = torch.tensor(float("inf"), dtype=torch.float64)
     tensors = dict(model.state_dict(keep_vars=True)) | {f"best.{k}": v for k, v in best.items()} | {"best_loss": best_loss}

@@ -22,6 +22,7 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 COLUMNS = (*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value")
 HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that may be held out
 ENOUGH = 500  # unlabelled rows
+MOST_TIMES = 8  # that a row is repeated
 WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
 
 
@@ -36,6 +37,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def distinct(self) -> int:
+        """Rows, repeated ones counted once."""
+        return len(set(self.texts))
 
     def take(self, index: list[int]) -> Rows:
         return Rows(
@@ -68,13 +74,18 @@ class StoreRows:
     """The rows of a store at some positions, read a row group at a time; the last WINDOW groups stay in memory."""
 
     def __init__(self, store: Folder, positions: np.ndarray) -> None:
-        """positions: sorted; row i of this is the store's row positions[i]."""
+        """positions: sorted, some perhaps repeated; row i of this is the store's row positions[i]."""
         self.source, self.positions = Source.of(store), positions
         self.firsts = np.array([first for _, _, first, _ in self.source.groups])
         self.kept: OrderedDict[int, Rows] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def distinct(self) -> int:
+        """Rows, repeated ones counted once."""
+        return len(np.unique(self.positions))
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
@@ -158,9 +169,14 @@ def load_validation(task: Folder, outputs: int) -> Rows:
     return Rows(texts_of(table), torch.tensor(one_hot(truth, outputs), dtype=torch.float32), None, torch.tensor(truth))
 
 
+def sources_of(store: Folder) -> np.ndarray:
+    """Where each row comes from, (N,): generated, task or unlabelled."""
+    return np.array(store.read_tables(columns=["source"])["source"].to_pylist())
+
+
 def held_out(store: Folder, seed: int) -> np.ndarray:
     """Positions, sorted, of the store's rows that no student trains on."""
-    return drawn(np.array(store.read_tables(columns=["source"])["source"].to_pylist()), seed)
+    return drawn(sources_of(store), seed)
 
 
 def drawn(sources: np.ndarray, seed: int) -> np.ndarray:
@@ -175,8 +191,19 @@ def drawn(sources: np.ndarray, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng([seed, 7]).choice(eligible, count, replace=False))
 
 
+def balanced(positions: np.ndarray, sources: np.ndarray) -> np.ndarray:
+    """The positions, sorted, with those of texts of the domain repeated until they are half of all, MOST_TIMES at most.
+
+    Generated texts of a small LM are of the domain in part; where they are the many, a student learns to answer them. sources (N,): of each row.
+    """
+    own = np.isin(sources[positions], ("task", "unlabelled"))
+    times = min(MOST_TIMES, max(1, round((~own).sum() / max(1, own.sum()))))
+    return np.sort(np.concatenate([positions, np.repeat(positions[own], times - 1)]))
+
+
 def load_store(store: Folder, seed: int) -> tuple[StoreRows, Rows]:
     """The rows that a student trains on, and those that are held out."""
-    held, count = held_out(store, seed), Source.of(store).rows
-    rows = StoreRows(store, np.setdiff1d(np.arange(count), held))
+    sources = sources_of(store)
+    held = drawn(sources, seed)
+    rows = StoreRows(store, balanced(np.setdiff1d(np.arange(len(sources)), held), sources))
     return rows, StoreRows(store, held).take(list(range(len(held))))

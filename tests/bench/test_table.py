@@ -12,7 +12,7 @@ from retrikt_ray.bench.table import by_run, differences, interval, markdown, mar
 
 
 def cell(task: str, seed: int, scores: dict[str, float], protocol: str = "generated", **numbers: int) -> dict[str, Any]:
-    return {"task": task, "seed": seed, "protocol": protocol, "scores": scores, "numbers": {name: 1000 for name in scores} | numbers}
+    return {"task": task, "seed": seed, "protocol": protocol, "scores": scores, "numbers": dict.fromkeys(scores, 1000) | numbers}
 
 
 CELLS = [
@@ -32,7 +32,9 @@ def test_interval(values: list[float]) -> None:
 
 
 def test_interval_by_hand() -> None:
-    assert interval([1.0, 3.0]) == pytest.approx(12.706205, abs=1e-5)  # standard error 1; the 97.5 % quantile of t with one degree of freedom
+    assert interval([1.0, 3.0]) == pytest.approx(
+        12.706205, abs=1e-5
+    )  # standard error 1; the 97.5 % quantile of t with one degree of freedom
     assert math.isnan(interval([1.0])) and interval([2.0, 2.0]) == 0
 
 

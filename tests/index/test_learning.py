@@ -238,7 +238,9 @@ def test_new_ngrams_get_the_idf_of_the_rows_that_hold_them() -> None:
     new = {int(k): float(v) for k, v in zip(after.keys, after.idf, strict=True) if memory.find(np.array([k]))[0] < 0}
     assert len(new) == 3  # gas, gas film, leak
     assert new[word_key("gas")] == pytest.approx(np.log(121 / 3) + 1) and new[word_key("leak")] == pytest.approx(np.log(121 / 2) + 1)
-    assert memory.idf[memory.find(np.array([word_key("film")], np.uint64))] == after.idf[after.find(np.array([word_key("film")], np.uint64))]
+    assert (
+        memory.idf[memory.find(np.array([word_key("film")], np.uint64))] == after.idf[after.find(np.array([word_key("film")], np.uint64))]
+    )
 
 
 def test_no_edit_changes_nothing() -> None:

@@ -124,7 +124,9 @@ def test_of_two_classes_is_their_difference_and_of_one_the_value() -> None:
     two = Memory.of(keys, idf, np.array([[1.0, 4.0], [2.0, 0.0]]), np.zeros(2), 1)
     np.testing.assert_allclose(two.dense(np.arange(2)), [[0, 3], [0, -2]], rtol=1e-6)
     assert two.classes.tolist() == [1, 1]
-    np.testing.assert_allclose(Memory.of(keys, idf, np.array([[0.7], [-0.2]]), np.zeros(1), 1).dense(np.arange(2)), [[0.7], [-0.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        Memory.of(keys, idf, np.array([[0.7], [-0.2]]), np.zeros(1), 1).dense(np.arange(2)), [[0.7], [-0.2]], rtol=1e-6
+    )
 
 
 def random_memory(seed: int, grams: int, classes: int) -> tuple[Memory, np.ndarray]:
@@ -205,7 +207,9 @@ def table(weights: dict[int, list[float]], bias: list[float]) -> Memory:
 
 @pytest.fixture
 def opinions() -> Memory:
-    return table({single("not"): [0.0, -1.0], single("good"): [0.0, 2.0], pair("not", "good"): [0.0, -4.0], single("film"): [0.0, 0.0]}, [0, 0.5])
+    return table(
+        {single("not"): [0.0, -1.0], single("good"): [0.0, 2.0], pair("not", "good"): [0.0, -4.0], single("film"): [0.0, 0.0]}, [0, 0.5]
+    )
 
 
 def test_logits_by_hand(opinions: Memory) -> None:

@@ -245,7 +245,10 @@ def test_many_edits_become_one_file(run: Folder) -> None:
 
 
 def fresh(path: Path, run: Folder, config: IndexConfig) -> Predictor:
-    """A run with the same student whose store was made, and whose index was built, from the live rows of `run`."""
+    """A run with the same student whose store was made, and whose index was built, from the live rows of `run`.
+
+    But for the n-gram memory, which an edit moves and does not learn anew: it is that of `run`.
+    """
     knowledge = Knowledge.open(run)
     shutil.copytree(run.uri, path, ignore=shutil.ignore_patterns("knowledge", "store", "index"))
     other = Folder.at(path)
@@ -256,7 +259,8 @@ def fresh(path: Path, run: Folder, config: IndexConfig) -> Predictor:
     keys: dict[str, Any] = {"fingerprint": "x", "seed": 0, "started": time.time()}
     store = artifacts.seal(other / "store", stage="annotate", config={}, inputs={}, **keys).content
     queries = np.zeros((0, knowledge.view.base.card["width"]), np.float32)
-    build_index(config, other / "store", other / "student", other / "index", queries, seed=0, workers=None)
+    memory = knowledge.view.ngrams
+    build_index(config, other / "store", other / "student", other / "index", queries, seed=0, workers=None, memory=memory)
     (other / "index").write_bytes("mixture.json", (run / "index").read_bytes("mixture.json"))
     artifacts.seal(other / "index", stage="index", config={}, inputs={"store": store, "student": knowledge.student}, **keys)
     return Predictor.open(other)

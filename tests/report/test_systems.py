@@ -24,7 +24,10 @@ from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text
 
 TASK = Task("tiny", "classification", tuple(LABELS), tuple(LABELS), "{label}: ", False, "accuracy")
-VALIDATION: tuple[list[Text], np.ndarray] = ([("a fine play", None), ("a dull play", None), ("never warm", None)], np.array([1.0, 0.0, 0.0]))
+VALIDATION: tuple[list[Text], np.ndarray] = (
+    [("a fine play", None), ("a dull play", None), ("never warm", None)],
+    np.array([1.0, 0.0, 0.0]),
+)
 
 
 def material(copies: int = 1) -> Any:
@@ -125,7 +128,7 @@ def test_a_students_unseen_rows_are_validation_and_what_is_held_out(monkeypatch:
     some = Material({name: run / name for name in ("task", "teacher", "store")}, 5, 1, config=DistillConfig())
     materials.trained(some, some.distill, [3, 1], [8])
     ((texts, unseen, targets, seed),) = found
-    assert [t for t, _ in texts] == [TEXTS[3], TEXTS[1]] and seed == 5
+    assert [t for t, _ in texts] == [TEXTS[1], TEXTS[3]] and seed == 5
     assert [t for t, _ in unseen] == [*TEXTS[:3], TEXTS[8]]
     assert targets[:3] == [[0, 1]] * 3 and targets[3] == some.rows.teacher[8].tolist()
 
@@ -135,7 +138,10 @@ def test_material_of_some_sources(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     inputs = {name: run / name for name in ("task", "store")}
     assert [t for t, _ in Material(inputs, 0, 1, ("generated",)).rows.texts] == TEXTS[1::2]
-    assert Material(inputs, 0, 1, ("task",)).source.tolist() == ["task"] * 6 and Material(inputs, 0, 1).source[:2].tolist() == ["task", "generated"]
+    assert Material(inputs, 0, 1, ("task",)).source.tolist() == ["task"] * 6 and Material(inputs, 0, 1).source[:2].tolist() == [
+        "task",
+        "generated",
+    ]
     assert len(Material(inputs, 0, 1, ("task", "generated")).rows) == len(Material(inputs, 0, 1).rows) == 12
     config = DistillConfig(size=0.5)
     assert Material(inputs, 0, 1, config=config).distill is config

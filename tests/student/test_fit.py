@@ -129,10 +129,9 @@ def test_a_store_that_is_read_as_the_training_goes_gives_the_same_student(tmp_pa
     """As the same rows in memory in the same batches: what differs is where they lie."""
     monkeypatch.setattr(fitting, "MIN_STEPS", 24)
     store = make_run(tmp_path / "run") / "store"
-    answers = []
+    answers, groups = [], [np.arange(7), np.arange(7, 12)]  # the parts of the tiny run
     for some in (load_rows(store), StoreRows(store, np.arange(12))):
         student = make_student(False, 2, 0)
-        groups = [np.arange(7), np.arange(7, 12)]  # the parts of the tiny run
         monkeypatch.setattr(type(some), "batches", lambda _, batch, epochs, seed: Batches(groups, batch, epochs, seed))
         fit(student, some, load_rows(store), DistillConfig(batch=4, epochs=1), 0, lambda o, _, total: Solo(o, total, 0))
         answers.append(student.encode(ALL)[0])

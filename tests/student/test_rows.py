@@ -17,7 +17,19 @@ from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source
 from retrikt_ray.store.rows import store_schema
 from retrikt_ray.student import rows as reading
-from retrikt_ray.student.rows import Batches, Rows, StoreRows, drawn, held_out, joined_rows, load_rows, load_store, load_validation
+from retrikt_ray.student.rows import (
+    Batches,
+    Rows,
+    StoreRows,
+    balanced,
+    drawn,
+    held_out,
+    joined_rows,
+    load_rows,
+    load_store,
+    load_validation,
+    sources_of,
+)
 
 COUNT, GROUP = 45, 4
 
@@ -215,3 +227,35 @@ def test_a_store_of_task_rows_alone_holds_none_out(tmp_path: Path) -> None:
     folder.write_table("part-00000.parquet", pa.Table.from_pylist([row] * 30, schema=store_schema(2)))
     rows, held = load_store(folder, 0)
     assert len(rows) == 30 and len(held) == 0 and held.teacher.shape == (0, 2)
+
+
+# which rows count how often
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "times"),
+    [
+        (10, 10, 1),  # half already
+        (10, 14, 1),  # as near to half as whole repeats come
+        (10, 16, 2),
+        (10, 40, 4),
+        (10, 900, 8),  # MOST_TIMES
+        (0, 5, 1),
+        (5, 0, 1),
+    ],
+)
+def test_texts_of_the_domain_are_half_of_all(own: int, other: int, times: int) -> None:
+    sources = np.array((["task", "unlabelled"] * own)[:own] + ["generated"] * other)
+    rows = np.arange(len(sources))
+    found = balanced(rows, sources)
+    assert (np.diff(found) >= 0).all()
+    counts = np.bincount(found, minlength=len(rows))
+    assert counts[:own].tolist() == [times] * own and counts[own:].tolist() == [1] * other
+
+
+def test_balancing_looks_at_the_rows_that_are_trained_on(store: Folder) -> None:
+    sources = sources_of(store)
+    some = np.array([0, 1, 4, 7, 10, 5])  # a task row, four generated ones, an unlabelled one
+    assert balanced(some, sources).tolist() == [0, 0, 1, 4, 5, 5, 7, 10]
+    rows = StoreRows(store, balanced(some, sources))
+    assert len(rows) == 8 and rows.distinct == 6 and rows.take(list(range(8))).distinct == 6
