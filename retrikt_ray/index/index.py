@@ -47,9 +47,11 @@ def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
 def fit_on_unseen(inputs: dict[str, Folder], folder: Folder, held: np.ndarray, memory: Memory, threads: int) -> dict[str, Any]:
     """Fit the mixture on the validation rows and on the held-out rows of the store, which their neighbours are found without (a Ray task)."""
+    from retrikt_ray.student.rows import StoreRows
+
     labels = read_labels(inputs["store"])
     table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
-    texts: list[Text] = texts_of(table) + texts_of(inputs["store"].read_tables(columns=[*TEXT_COLUMNS]).take(held))
+    texts: list[Text] = texts_of(table) + StoreRows(inputs["store"], held).take(list(range(len(held)))).texts
     targets = np.concatenate([one_hot(np.array(table["value"].to_pylist()), labels.shape[1]), labels[held]])
     answers, vectors = (x.numpy() for x in StudentVectors(inputs["student"], 0, threads).load()[0].encode(texts))
     others = np.ones(len(labels), bool)
