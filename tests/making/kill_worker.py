@@ -13,9 +13,11 @@ import sys
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 from tiny_run import WORDS  # beside this file: it runs as a script
 
+from retrikt_ray.index.learning import of_texts
 from retrikt_ray.index.lexical import counted
 from retrikt_ray.index.vectors import StudentVectors
 from retrikt_ray.knowledge.compact import compact
@@ -66,7 +68,8 @@ def work(run: Folder, seed: int, log: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    counted([("a film", None)])  # imports what is imported late
+    counted([("a film", None)])  # imports what is imported late, and so does the next line
+    of_texts([("a film", None)], np.ones((1, 2)))
     for line in sys.stdin:
         where, number, name = line.split()
         StudentVectors(Folder.at(where) / "student", 0, 1).load()  # once for all: it takes longer than an edit
