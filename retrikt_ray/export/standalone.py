@@ -73,7 +73,7 @@ class Model:
         answer = softmax(total) if len(total) > 1 else total
         labels, best = self.card["labels"], int(answer.argmax())
         found = (
-            {"label": labels[best], "score": float(answer[best])} if labels else {"label": f"{answer[0]:.2f}", "score": float(answer[0])}
+            {"label": labels[best], "score": float(answer[best])} if labels else {"label": f"{answer[0]:.3g}", "score": float(answer[0])}
         )
         found["scores"] = answer.tolist()
         if evidence:

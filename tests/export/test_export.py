@@ -36,10 +36,11 @@ def asked(folder: Path, texts: list[Any]) -> list[dict[str, Any]]:
     return list(found["answers"])
 
 
+@pytest.mark.parametrize("kind", ["static", "convolution"])
 @pytest.mark.parametrize(("pair", "regression"), [(False, False), (True, False), (False, True)])
-def test_the_same_answers(tmp_path: Path, pair: bool, regression: bool) -> None:
+def test_the_same_answers(tmp_path: Path, pair: bool, regression: bool, kind: str) -> None:
     mixture = Mixture(0.2, 0.3, 0.2, 0.3, 4, 0.1, 3, 1.5) if regression else EVERYTHING
-    run = make_run(tmp_path / "run", pair=pair, regression=regression, mixture=mixture)
+    run = make_run(tmp_path / "run", pair=pair, regression=regression, mixture=mixture, kind=kind)
     export(run.uri, str(tmp_path / "out"))
     texts: list[Any] = [(t, TEXTS[i - 1]) if pair else t for i, t in enumerate([*TEXTS, "a word that nobody knows"])]
     want = Predictor.open(run).predict(texts)

@@ -65,22 +65,23 @@ TEXTS = [
 ]
 
 
-def make_student(pair: bool, outputs: int, seed: int) -> Student:
-    """A static student with random weights over a tokenizer of whole words."""
+def make_student(pair: bool, outputs: int, seed: int, kind: str = "static") -> Student:
+    """A static (or convolution) student with random weights over a tokenizer of whole words."""
     vocabulary = {word: i for i, word in enumerate(["[UNK]", "[PAD]", *WORDS])}
     plain = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     plain.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]", pad_token="[PAD]")
     torch.manual_seed(seed)
     size = len(vocabulary)
-    model = StudentModel(
-        StudentConfig(kind="static", vocabulary=size, full_vocabulary=size, dim=8, outputs=outputs, pair=pair, max_tokens=32)
-    )
+    model = StudentModel(StudentConfig(kind=kind, vocabulary=size, full_vocabulary=size, dim=8, outputs=outputs, pair=pair, max_tokens=32))
     with torch.no_grad():
         model.token_map.copy_(torch.arange(size))
         model.embedding.weight.normal_()
         model.importance.weight.normal_()
         model.head.weight.normal_()
+        if kind == "convolution":
+            model.filters.weight.normal_()
+            model.filters.bias.normal_()
         if outputs == 1:
             model.shift.fill_(2.5)
             model.scale.fill_(1.5)
@@ -88,7 +89,14 @@ def make_student(pair: bool, outputs: int, seed: int) -> Student:
 
 
 def make_run(
-    path: Path | str, *, pair: bool = False, regression: bool = False, mixture: Mixture | None = None, seed: int = 0, **index: Any
+    path: Path | str,
+    *,
+    pair: bool = False,
+    regression: bool = False,
+    mixture: Mixture | None = None,
+    seed: int = 0,
+    kind: str = "static",
+    **index: Any,
 ) -> Folder:
     """Write config.yaml, task/, student/, store/ (two parts) and index/ (two shards), each sealed over the others as the pipeline does."""
     run = Folder.at(path)
@@ -108,7 +116,7 @@ def make_run(
     (run / "task").write_json("task.json", card | {"conditions": LABELS, "template": "{label}: ", "pair": pair, "metric": "accuracy"})
     seal("task")
 
-    student = make_student(pair, 1 if regression else len(LABELS), seed)
+    student = make_student(pair, 1 if regression else len(LABELS), seed, kind)
     with tempfile.TemporaryDirectory() as folder:
         student.save(folder)
         (run / "student").upload(Path(folder))
