@@ -22,7 +22,7 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 COLUMNS = (*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value")
 HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that may be held out
 ENOUGH = 500  # unlabelled rows
-MOST_TIMES = 4  # that a row is repeated
+MOST_TIMES = 8  # that a row is repeated
 WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
 
 

@@ -239,7 +239,7 @@ def test_a_store_of_task_rows_alone_holds_none_out(tmp_path: Path) -> None:
         (10, 14, 1),  # as near to half as whole repeats come
         (10, 16, 2),
         (10, 40, 4),
-        (10, 900, 4),  # MOST_TIMES
+        (10, 900, 8),  # MOST_TIMES
         (0, 5, 1),
         (5, 0, 1),
     ],
