@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-sst2 bench-trec bench-quality \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-latency \
   bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults clean
 
 help: ## This list
@@ -59,20 +59,16 @@ docs: install ## Write docs/configuration.md from the models
 serve: install ## Serve RUN on PORT of this machine
 	$(BIN)/retrikt serve $(RUN) --port $(PORT)
 
-bench-sst2: install-bench ## SST-2, 64 rows a class: generated only, and with unlabelled texts (needs RETRIKT_DATA)
-	$(BIN)/python -m jobs.bench sst2
-
-bench-trec: install-bench ## TREC, 64 rows a class: generated only, and with unlabelled texts (needs RETRIKT_DATA)
-	$(BIN)/python -m jobs.bench trec
-
 $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 	$(PYTHON) -m venv $(VENV)-autofaiss
 	$(VENV)-autofaiss/bin/pip install -q autofaiss==2.18.0 "pyarrow<20" "faiss-cpu<1.12" # later ones do not go with it
 	@touch $@
 
-bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours)
-	RETRIKT_ENCODER=$$($(BIN)/python -c "import jobs.bench; print(jobs.bench.encoder())") \
-	  HF_HUB_OFFLINE=1 $(BIN)/retrikt bench jobs/bench.yaml $(BENCH)
+bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours). BENCH="seeds=[0]": a part
+	$(BIN)/python -m jobs.bench $(BENCH)
+
+bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
+	$(BIN)/python -m jobs.bench_latency $(RUN)
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss
 	$(BIN)/python -m jobs.bench_index build

@@ -104,7 +104,7 @@ def index(run: Any, workers: Any) -> float:
 
     began, config = time.perf_counter(), IndexConfig(factory="Flat")
     build_index(config, run / "store", run / "student", run / "index", np.zeros((0, DIM), np.float32), seed=0, workers=workers)
-    (run / "index").write_json("mixture.json", asdict(Mixture(0.5, 0.3, 0.2, 8, 0.05, 8, 1.0)))
+    (run / "index").write_json("mixture.json", asdict(Mixture(0.5, 0.3, 0.2, 0.3, 8, 0.05, 8, 1.0)))
     inputs = {n: check(run / n).content for n in ("task", "store", "student")}
     seal(run / "index", config=config.fingerprint_view(), inputs=inputs)
     return time.perf_counter() - began

@@ -22,7 +22,7 @@ from retrikt_ray.runtime.folders import Folder, digest
 from retrikt_ray.runtime.progress import console
 from retrikt_ray.runtime.settings import Scaled
 
-VERSION = 1  # raise when the same store would give other scores
+VERSION = 1  # raise when a baseline would score otherwise on the same store
 STAGES = ("prepare", "teach", "reinforce", "generate", "annotate")
 INPUTS = ("task", "teacher", "store")
 SOURCES: dict[str, tuple[str, ...]] = {"generated": ("task", "generated"), "unlabelled": ()}  # of the store's rows, by protocol; none: all
@@ -53,14 +53,14 @@ def bench(config: BenchConfig, out: str) -> list[dict[str, Any]]:
     # 2. cells
     cells = [Cell(task, seed, p, g) for task, seed in runs for p in config.protocols for g in config.groups]
     prints = {cell: fingerprint(cell, runs[cell.task, cell.seed]) for cell in cells}
-    found = {cell: read(root, cell, prints[cell]) for cell in cells}
-    missing = [cell for cell in cells if found[cell] is None]
+    found = {cell: known for cell in cells if (known := read(root, cell, prints[cell]))}
+    missing = [cell for cell in cells if cell not in found]
     if missing:
         cluster.connect(None)
         workers = plan(Scaled(), "bench")  # one thread a cell: they are small
         calls = [(cell, runs[cell.task, cell.seed], root, prints[cell]) for cell in missing]
         found |= dict(zip(missing, each(measure, calls, workers, "bench: cells"), strict=True))
-    return [found[cell] or {} for cell in cells]
+    return [found[cell] for cell in cells]
 
 
 def made(config: BenchConfig, root: Folder, task: str, seed: int) -> pipeline.Run:
@@ -74,10 +74,11 @@ def made(config: BenchConfig, root: Folder, task: str, seed: int) -> pipeline.Ru
 
 
 def fingerprint(cell: Cell, run: pipeline.Run) -> str:
-    """What a cell's figures depend on."""
+    """What a cell's figures depend on: the store and its teacher, the student's config, and the code that makes students and indexes."""
     manifests = {name: read_manifest(run.artifact(name)) for name in INPUTS}
     contents = {name: manifest.content for name, manifest in manifests.items() if manifest}
-    return digest({"cell": vars(cell), "version": VERSION, "inputs": contents, "distill": run.config.distill.fingerprint_view()})
+    versions = [VERSION, *(pipeline.BY_NAME[name].module().VERSION for name in ("distill", "index"))]
+    return digest({"cell": vars(cell), "versions": versions, "inputs": contents, "distill": run.config.distill.fingerprint_view()})
 
 
 def read(root: Folder, cell: Cell, wanted: str) -> dict[str, Any] | None:

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from retrikt_ray.index.mixture import ALONE, NAMES, fit_mixture
+from retrikt_ray.index.mixture import ALONE, NAMES
 from retrikt_ray.report import systems
-from retrikt_ray.report.baselines import System, linear
+from retrikt_ray.report.baselines import System, linear, tfidf
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.remade import Remade
 from retrikt_ray.task.texts import Text
@@ -60,21 +60,13 @@ def teacher(material: Material) -> Systems:
 def whole(material: Material) -> Systems:
     """RetriKT, its voices, and what could be done with the same store instead."""
     made = Remade.of(material, material.distill, list(range(len(material.rows))))
-    size, u = made.student.model.parameter_count, made.unseen
-    tfidf = systems.tfidf_store(material)
-    heard = made.heard(u.texts, u.memory, u.others)
-    few = len(material.split("validation")[0])
-    dense, lexical = (type(v)(v.scores[:few], v.labels[:few]) for v in heard[1:3])
-    gold = fit_mixture(u.targets[:few], heard[0][:few], dense, lexical, (heard[3][0][:few], heard[3][1][:few]))
-    found = {"retrikt": System(made.answer, size), "student_kd_store": System(lambda texts: made.answer(texts, ALONE), size)}
-    found |= {f"no_{name}": System(partial(made.answer, mixture=without(made, name)), size) for name in NAMES}
-    found |= {"gold_fit": System(partial(made.answer, mixture=gold), size), "tfidf_store": tfidf}
+    size, words = made.student.model.parameter_count, systems.tfidf_store(material)
+    mixtures = {"retrikt": made.mixture, "student_kd_store": ALONE}
+    mixtures |= {f"no_{name}": made.fitted([n for n in NAMES if n != name]) for name in NAMES}
+    mixtures["gold_fit"] = made.fitted(rows=len(material.split("validation")[0]))
+    found = {name: System(partial(made.answer, mixture=m), size) for name, m in mixtures.items()} | {"tfidf_store": words}
     student = found["student_kd_store"].answer
-    return found | {"ensemble": System(lambda texts: (student(texts) + tfidf.answer(texts)) / 2, size + tfidf.parameters)}
-
-
-def without(made: Remade, voice: str) -> Any:
-    return made.fitted(tuple(name for name in NAMES if name != voice))
+    return found | {"ensemble": System(lambda texts: (student(texts) + words.answer(texts)) / 2, size + words.parameters)}
 
 
 def labels(material: Material) -> Systems:
@@ -84,13 +76,11 @@ def labels(material: Material) -> Systems:
 
 def small(material: Material) -> Systems:
     """Cheaper ways to spend the same store."""
-    from retrikt_ray.report import baselines
     from retrikt_ray.student.fit import untrained
 
     rows, validation, metric = material.rows, material.split("validation"), material.task.metric
-    share = material.distill.size
-    size = int(share * material.inputs["teacher"].read_json("teacher.json")["parameters"])
-    tfidf = baselines.tfidf(rows.texts, rows.teacher.numpy(), validation, metric, size)
+    size = int(material.distill.size * material.inputs["teacher"].read_json("teacher.json")["parameters"])
+    words = tfidf(rows.texts, rows.teacher.numpy(), validation, metric, size)
     wide = material.distill.model_copy(update={"kind": "static", "size": 1.0})
     averages = untrained(wide, material.inputs["teacher"], rows, material.task.pair, material.seed)
 
@@ -98,7 +88,7 @@ def small(material: Material) -> Systems:
         return np.asarray(averages.encode(texts)[1].numpy() * 4)
 
     static = linear(features(rows.texts), rows.teacher.numpy(), features, validation, metric)
-    return {"tfidf_small": tfidf, "static_lr": System(static.answer, averages.model.parameter_count + static.parameters)}
+    return {"tfidf_small": words, "static_lr": System(static.answer, averages.model.parameter_count + static.parameters)}
 
 
 def other(name: str, change: dict[str, Any], material: Material) -> Systems:

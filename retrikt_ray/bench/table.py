@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from retrikt_ray.task.metrics import seeds_ci95
 
 OURS = "retrikt"
 Scores = dict[tuple[str, int], dict[str, float]]  # (task, seed) -> system -> score
-
-
-def interval(values: list[float]) -> float:
-    """Half-width of Student's 95 % interval of the mean; NaN for one value."""
-    from scipy.stats import t as student_t
-
-    if len(values) < 2:
-        return float("nan")
-    return float(student_t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def by_run(cells: Iterable[dict[str, Any]], protocol: str) -> Scores:
@@ -29,12 +22,9 @@ def by_run(cells: Iterable[dict[str, Any]], protocol: str) -> Scores:
     return found
 
 
-def differences(scores: Scores, other: str, tasks: Iterable[str] | None = None) -> list[float]:
+def differences(scores: Scores, other: str) -> list[float]:
     """Ours less another system's, by task and seed."""
-    chosen = None if tasks is None else set(tasks)
-    return [
-        s[OURS] - s[other] for (task, _), s in sorted(scores.items()) if {OURS, other} <= s.keys() and (chosen is None or task in chosen)
-    ]
+    return [s[OURS] - s[other] for _, s in sorted(scores.items()) if {OURS, other} <= s.keys()]
 
 
 def shown(value: float, half: float) -> str:
@@ -53,9 +43,9 @@ def markdown(cells: list[dict[str, Any]], protocol: str) -> str:
     lines = ["| system | " + " | ".join(tasks) + f" | mean | {OURS} less this | numbers |", "|---" * (len(tasks) + 4) + "|"]
     for name in systems:
         columns = [[s[name] for (task, _), s in scores.items() if task == column and name in s] for column in tasks]
-        values = [shown(fmean(c), interval(c)) if c else "-" for c in columns]
+        values = [shown(fmean(c), seeds_ci95(c)) if c else "-" for c in columns]
         gaps = differences(scores, name)
-        gap = "" if name == OURS else shown(fmean(gaps), interval(gaps)) if gaps else "-"
+        gap = "" if name == OURS else shown(fmean(gaps), seeds_ci95(gaps)) if gaps else "-"
         mean = f"{fmean(fmean(c) for c in columns if c):.1f}" if all(columns) else "-"
         lines.append(f"| {name} | " + " | ".join(values) + f" | {mean} | {gap} | {round(fmean(numbers[name])):,} |")
     return "\n".join(lines)

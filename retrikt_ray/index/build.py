@@ -212,6 +212,6 @@ def build_index(
 
     queries: (Q, width), to measure recall with. memory: the n-gram memory where there is one already, else it is learnt.
     """
-    (memory or learn(store, seed, workers)).write(out)
+    (memory or learn(store, seed, workers)[0]).write(out)
     vectors = StudentVectors(student, queries.shape[1], workers.threads if workers else 1)
     return build(config, Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers)

@@ -10,10 +10,10 @@ import numpy as np
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import learn
 from retrikt_ray.index.lexical import Lexical
-from retrikt_ray.index.mixture import MOST, Votes, fit_mixture
+from retrikt_ray.index.mixture import MOST, NAMES, Votes, fit_mixture
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
-from retrikt_ray.index.vectors import StudentVectors, encode_validation
+from retrikt_ray.index.vectors import StudentVectors, validation_vectors
 from retrikt_ray.runtime.cluster import each, plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.store.rows import read_labels
@@ -26,22 +26,22 @@ VERSION = 4
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, ngrams.arrow, index.json, mixture.json.
 
-    1. Validation rows by the student.  2. Build over the store.  3. Fit the mixture on rows that nothing has learnt from.
+    1. Learn the n-grams, with and without the held-out rows.  2. Build over the store.  3. Fit the mixture on what nothing has learnt from.
     """
     from retrikt_ray.student.rows import held_out
 
     workers, folder = plan(config, "index"), out["index"]
-    # 1. validation
-    queries = each(encode_validation, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0][1]
-    # 2. build
-    card = build_index(config, inputs["store"], inputs["student"], folder, queries, seed=seed, workers=workers)
-    # 3. the mixture
+    # 1. n-grams
     held = held_out(inputs["store"], seed)
-    memory = learn(inputs["store"], seed, workers, leave_out=held)
-    fitted = each(fit_on_unseen, [(inputs, folder, held, memory, workers.threads)], workers, "index: mixture")[0]
+    memory, without = learn(inputs["store"], seed, workers, leave_out=held)
+    # 2. build
+    queries = each(validation_vectors, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0]
+    card = build_index(config, inputs["store"], inputs["student"], folder, queries, seed=seed, workers=workers, memory=memory)
+    # 3. the mixture
+    fitted = each(fit_on_unseen, [(inputs, folder, held, without, workers.threads)], workers, "index: mixture")[0]
     folder.write_json("mixture.json", fitted)
     measured = {"recall_at_10": card["recall"]["value"]} if card["recall"] else {}
-    shown = {k: fitted[k] for k in ("student", "dense", "lexical", "ngrams")}
+    shown = {k: fitted[k] for k in NAMES}
     return {"rows": card["rows"], "chosen": card["why"], "shards": len(card["shards"])} | measured | shown
 
 

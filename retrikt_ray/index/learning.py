@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from retrikt_ray.index.ngrams import Memory, keys_of, softmax
+from retrikt_ray.index.ngrams import Memory, keys_of, merged
 from retrikt_ray.runtime.cluster import Workers, each
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source, matrix
+from retrikt_ray.task.metrics import answers_of
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
 PENALTY = 30.0
@@ -26,16 +27,19 @@ STEPS, EDIT_STEPS = 120, 20  # of L-BFGS
 TASK_ROWS = 10_000  # that a task counts
 
 
-def learn(store: Folder, seed: int, workers: Workers | None, leave_out: np.ndarray | None = None) -> Memory:
-    """The memory of a store. leave_out: positions, sorted, of rows that it must not see. workers None: in this process."""
+def learn(store: Folder, seed: int, workers: Workers | None, leave_out: np.ndarray | None = None) -> list[Memory]:
+    """The memory of a store and, where leave_out is given, one of the same rows but these. workers None: in this process.
+
+    leave_out: positions, sorted.
+    """
     source = Source.of(store)
-    positions = np.arange(source.rows) if leave_out is None else np.setdiff1d(np.arange(source.rows), leave_out)
+    positions = np.arange(source.rows)
     if len(positions) > MOST_ROWS:
         positions = np.sort(np.random.default_rng([seed, 11]).choice(positions, MOST_ROWS, replace=False))
     calls = [(source, positions[low : low + TASK_ROWS]) for low in range(0, len(positions), TASK_ROWS)]
     parts = each(counted, calls, workers, "index: n-grams", by_reference=True)
-    memory: Memory = each(learnt, [(parts,)], workers, "index: n-gram weights")[0]
-    return memory
+    rows = [np.ones(len(positions), bool)] + ([] if leave_out is None else [~np.isin(positions, leave_out)])
+    return each(learnt, [(parts, some) for some in rows], workers, "index: n-gram weights")
 
 
 def counted(source: Source, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,12 +56,13 @@ def counted(source: Source, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(keys), np.concatenate(rows), np.concatenate(labels)
 
 
-def learnt(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Memory:
-    """The memory of rows that were counted (a Ray task)."""
+def learnt(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], some: np.ndarray) -> Memory:
+    """The memory of some of the rows that were counted, (n,) bool (a Ray task)."""
     keys, labels = np.concatenate([p[0] for p in parts]), np.concatenate([p[2] for p in parts])
     firsts = np.cumsum([0, *(len(p[2]) for p in parts)])[:-1]
     rows = np.concatenate([row + first for (_, row, _), first in zip(parts, firsts, strict=True)])
-    return of_rows(keys, rows, labels)
+    held = some[rows]
+    return of_rows(keys[held], (np.cumsum(some) - 1)[rows[held]], labels[some])
 
 
 def of_texts(texts: list[Text], labels: np.ndarray) -> Memory:
@@ -116,34 +121,30 @@ def fitted(
     return found[: size * classes].reshape(size, classes), found[size * classes :]
 
 
-def answers_of(logits: np.ndarray) -> np.ndarray:
-    return softmax(logits) if logits.shape[1] > 1 else logits
-
-
 def edited(memory: Memory, added: tuple[list[Text], np.ndarray], deleted: tuple[list[Text], np.ndarray]) -> Memory:
     """The memory after rows were added and others deleted, each (texts, labels (n, C)). It follows from what was there and what is now."""
     after = memory
     if deleted[0]:
         texts, labels = deleted
-        after = moved(after, texts, lambda features, logits: -PENALTY * (features.T @ (labels - answers_of(logits))))
+        after = moved(after, texts, False, lambda features, logits: -PENALTY * (features.T @ (labels - answers_of(logits))))
     if added[0]:
         texts, wanted = added[0], added[1].astype(np.float64)
-        after = moved(grown(after, texts), texts, lambda features, logits: fitted(features, wanted, logits, False, EDIT_STEPS)[0])
+        after = moved(after, texts, True, lambda features, logits: fitted(features, wanted, logits, False, EDIT_STEPS)[0])
     return after
 
 
-def grown(memory: Memory, texts: list[Text]) -> Memory:
-    """The memory with the texts' n-grams that it did not know, which say nothing yet."""
-    keys, frequency = np.unique(keys_of(texts)[0], return_counts=True)
-    new = memory.find(keys) < 0
-    keys, idf = keys[new], np.log((1 + memory.rows) / (1 + frequency[new])).clip(0) + 1
-    return memory.changed(keys, idf, np.zeros((len(keys), len(memory.bias))))
+def moved(memory: Memory, texts: list[Text], new: bool, by: Callable[[Any, np.ndarray], Any]) -> Memory:
+    """The memory with the weights of the texts' n-grams moved by `by` (features (n, G), the memory's log-odds (n, C)) -> (G, C).
 
-
-def moved(memory: Memory, texts: list[Text], by: Callable[[Any, np.ndarray], Any]) -> Memory:
-    """The memory with the weights of the texts' n-grams moved by `by` (features (n, G), the memory's log-odds (n, C)) -> (G, C)."""
+    new: take in n-grams that the memory does not know; to begin with they say nothing.
+    """
     keys, rows = keys_of(texts)
-    places = np.unique(memory.find(keys))
+    known, frequency = np.unique(keys, return_counts=True)
+    places = memory.find(known)
     touched = memory.part(places[places >= 0])
-    more = np.asarray(by(features_of(touched, keys, rows, len(texts)), memory.logits(texts)[0]))
+    if new:
+        fresh, idf = known[places < 0], np.log((1 + memory.rows) / (1 + frequency[places < 0])).clip(0) + 1
+        touched = merged([touched, Memory.of(fresh, idf, np.zeros((len(fresh), len(memory.bias))), memory.bias, memory.rows)])
+    features = features_of(touched, keys, rows, len(texts))
+    more = np.asarray(by(features, touched.logits_of(keys, rows, len(texts))[0]))
     return memory.changed(touched.keys, touched.idf, more * touched.idf[:, None] / 4)

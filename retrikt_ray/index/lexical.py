@@ -19,9 +19,11 @@ import pyarrow as pa
 
 from retrikt_ray.index.search import merge
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.texts import Text, joined
 
 K1, B = 1.5, 0.75
+ARRAYS = ("words", "starts", "rows", "counts", "lengths")  # of postings, on the disk
 BUCKETS = 2**30  # of the words' hashes: two of a million words share one with a chance of 1 in 1000 each
 
 
@@ -70,18 +72,13 @@ class Postings:
         return Postings(low, unique, starts, row[order], joined(counts, np.float32)[order], joined(lengths, np.float32))
 
     def write(self, folder: Folder, name: str) -> None:
-        """One Arrow file with one row, so that reading it maps the arrays into memory."""
-        arrays = {k: getattr(self, k) for k in ("words", "starts", "rows", "counts", "lengths")}
-        columns = {k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v)) for k, v in arrays.items()}
-        table = pa.table(columns | {"low": pa.array([self.low], pa.int64())})
-        with folder.create(name) as path, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        write_arrays(folder, name, {k: getattr(self, k) for k in ARRAYS}, low=self.low)
 
     @staticmethod
     def read(path: str) -> Postings:
-        table = pa.ipc.open_file(pa.memory_map(path)).read_all()
-        arrays = {k: table[k].chunk(0).values.to_numpy() for k in ("words", "starts", "rows", "counts", "lengths")}
-        return Postings(low=table["low"][0].as_py(), **arrays)
+        """Mapped into memory."""
+        arrays, low = read_arrays(path, ARRAYS, "low")
+        return Postings(low=low, **arrays)
 
     def find(self, word: int) -> slice:
         """Where the postings of a word are; empty where no row holds it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from retrikt_ray.task.metrics import losses
+from retrikt_ray.task.metrics import answers_of, losses
 
 KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
@@ -35,11 +35,6 @@ class Mixture:
     tau: float
     lexical_k: int
     lexical_tau: float  # in units of BM25 scores
-
-    def shares(self) -> dict[str, float]:
-        """The weights as shares of their sum."""
-        total = sum(getattr(self, name) for name in NAMES)
-        return {name: getattr(self, name) / total for name in NAMES}
 
 
 ALONE = Mixture(1.0, 0.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
@@ -88,20 +83,12 @@ def mix(student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.n
         weight = getattr(mixture, name) * found
         answers += weight * scale(said)
         left -= weight
-    return unscale(answers + left * own)
+    return answers_of(answers + left * own)
 
 
 def scale(answers: np.ndarray) -> np.ndarray:
-    """What is added up: log-probabilities, or values where there is one output."""
+    """What is added up: log-probabilities, or values where there is one output. `answers_of` is the way back."""
     return answers if answers.shape[-1] == 1 else np.log((1 - FLOOR) * answers + FLOOR / answers.shape[-1])
-
-
-def unscale(added: np.ndarray) -> np.ndarray:
-    """Probabilities from sums of logarithms; values as they are."""
-    if added.shape[-1] == 1:
-        return added
-    shifted = np.exp(added - added.max(-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(-1, keepdims=True))
 
 
 def fit_mixture(
@@ -146,7 +133,7 @@ def best_vote(targets: np.ndarray, votes: Votes, taus: tuple[float, ...]) -> tup
     if not some.any():
         return KS[0], taus[0]
     part, wanted = Votes(votes.scores[some], votes.labels[some]), targets[some]
-    by_pair = {(k, tau): losses(unscale(scale(cast(part, k, tau)[0])), wanted) for k in KS for tau in taus}
+    by_pair = {(k, tau): losses(answers_of(scale(cast(part, k, tau)[0])), wanted) for k in KS for tau in taus}
     best = min(by_pair.values(), key=lambda loss: float(loss.mean()))
 
     def near(loss: np.ndarray) -> bool:
@@ -173,7 +160,7 @@ def fit_weights(targets: np.ndarray, student: np.ndarray, voices: dict[str, Voic
 
         def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
             added = np.einsum("v,vqc->qc", a, said)
-            answers = unscale(added)
+            answers = answers_of(added)
             return float(losses(answers, targets).mean()), np.einsum("vqc,qc->v", said, answers - targets) / len(targets)
 
         start = np.full(len(names), 1 / len(names))

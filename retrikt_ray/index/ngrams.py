@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.tables import read_arrays, write_arrays
+from retrikt_ray.task.metrics import answers_of
 from retrikt_ray.task.texts import Text
 
 FILE = "ngrams.arrow"
+ARRAYS = ("keys", "idf", "scales", "starts", "classes", "steps", "bias")  # of a table, on the disk
 # Scripts that are written without spaces count by the character: Thai to Myanmar, Khmer, kana, Han.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
@@ -139,21 +141,24 @@ class Memory:
         out[which, classes] = weights
         return out
 
-    def logits(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, C) log-odds, or values; and how many known n-grams each text has, (Q,)."""
-        keys, rows = keys_of(texts)
+    def logits_of(self, keys: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of so many texts, as `keys_of` has their n-grams: (Q, C) log-odds, or values; and how many known n-grams each text has, (Q,)."""
         places = self.find(keys)
         known = places >= 0
         rows, classes = rows[known], len(self.bias)
-        found = np.bincount(rows, minlength=len(texts))
+        found = np.bincount(rows, minlength=count)
         which, column, weights = self.entries(places[known])
-        sums = np.bincount(rows[which] * classes + column, weights, len(texts) * classes).reshape(len(texts), classes)
+        sums = np.bincount(rows[which] * classes + column, weights, count * classes).reshape(count, classes)
         return self.bias + sums / np.sqrt(np.maximum(found, 1))[:, None], found
+
+    def logits(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """As `logits_of`."""
+        return self.logits_of(*keys_of(texts), len(texts))
 
     def answers(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
         """(Q, C) probabilities, or values; and 1 for a text with a known n-gram, else 0, (Q, 1)."""
         logits, found = self.logits(texts)
-        return (softmax(logits) if logits.shape[1] > 1 else logits), (found > 0).astype(np.float64)[:, None]
+        return answers_of(logits), (found > 0).astype(np.float64)[:, None]
 
     def spoken(self, text: Text, label: int, most: int) -> list[Spoken]:
         """The n-grams of a text that say most for or against a label, strongest first.
@@ -174,8 +179,9 @@ class Memory:
         old = places >= 0
         weights = np.array(more, np.float64)
         weights[old] += self.dense(places[old])
-        stay = np.setdiff1d(np.arange(len(self.keys)), places[old])
-        return merged([self.part(stay), Memory.of(keys, idf, weights, self.bias, self.rows)])
+        stay = np.ones(len(self.keys), bool)
+        stay[places[old]] = False
+        return merged([self.part(np.flatnonzero(stay)), Memory.of(keys, idf, weights, self.bias, self.rows)])
 
     def part(self, places: np.ndarray) -> Memory:
         """Of some n-grams alone; places ascending."""
@@ -187,25 +193,16 @@ class Memory:
         )
 
     def write(self, folder: Folder) -> None:
-        """One Arrow file with one row, so that reading it maps the arrays into memory."""
-        arrays = {k: getattr(self, k) for k in ARRAYS}
-        columns = {k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v)) for k, v in arrays.items()}
-        table = pa.table(columns | {"learnt_from": pa.array([self.rows], pa.int64())})
-        with folder.create(FILE) as path, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        write_arrays(folder, FILE, {k: getattr(self, k) for k in ARRAYS}, learnt_from=self.rows)
 
     @staticmethod
     def unsealed(folder: Folder) -> Memory:
-        """Open a table that this process has just verified, or its own job has just written."""
+        """Map a table into memory that this process has just verified, or its own job has just written."""
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(folder.local() / FILE))).read_all()
-            arrays: dict[str, Any] = {k: table[k].chunk(0).values.to_numpy() for k in ARRAYS}
-            return Memory(**arrays, rows=table["learnt_from"][0].as_py())
+            arrays, rows = read_arrays(str(folder.local() / FILE), ARRAYS, "learnt_from")
         except (OSError, pa.ArrowInvalid, KeyError) as error:
             raise ArtifactError(f"{folder} has no n-gram memory of this version ({error}); run `retrikt index` for its run") from None
-
-
-ARRAYS = ("keys", "idf", "scales", "starts", "classes", "steps", "bias")
+        return Memory(**arrays, rows=rows)
 
 
 def merged(parts: list[Memory]) -> Memory:
@@ -214,9 +211,3 @@ def merged(parts: list[Memory]) -> Memory:
     starts = np.append(0, np.cumsum(np.concatenate([np.diff(p.starts) for p in parts])))
     whole = Memory(**flat, starts=starts, bias=parts[0].bias, rows=parts[0].rows)
     return whole.part(np.argsort(whole.keys, kind="stable"))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Over the last axis."""
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(-1, keepdims=True))

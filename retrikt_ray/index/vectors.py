@@ -73,8 +73,6 @@ def loaded(folder: Folder, content: str, threads: int) -> tuple[Any, str]:
     return Student.load(str(folder.local())), content
 
 
-def encode_validation(task: Folder, student: Folder, threads: int) -> tuple[np.ndarray, np.ndarray]:
-    """The student's answers (Q, C) and vectors (Q, width) for the validation rows (a Ray task)."""
-    texts = texts_of(task.read_table("validation.parquet", [*TEXT_COLUMNS]))
-    answers, vectors = StudentVectors(student, 0, threads).load()[0].encode(texts)
-    return answers.numpy(), vectors.numpy()
+def validation_vectors(task: Folder, student: Folder, threads: int) -> np.ndarray:
+    """The student's vectors (Q, width) of the validation rows (a Ray task)."""
+    return StudentVectors(student, 0, threads).of(task.read_table("validation.parquet", [*TEXT_COLUMNS]))

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import edited
 from retrikt_ray.index.ngrams import Memory
-from retrikt_ray.index.vectors import encode_validation
+from retrikt_ray.index.vectors import validation_vectors
 from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, read_log, sweep, writing
 from retrikt_ray.knowledge.view import labelled
 from retrikt_ray.runtime import artifacts
@@ -61,7 +61,7 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
 
         # 3. their index
         threads = workers.threads if workers else 1
-        queries = each(encode_validation, [(run / "task", run / "student", threads)], workers, "compact: validation")[0][1]
+        queries = each(validation_vectors, [(run / "task", run / "student", threads)], workers, "compact: validation")[0]
         memory = memory_after(where, [read_edit(folder, e) for e in log.edits])
         build_index(config, base / "store", run / "student", base / "index", queries, seed=seal.seed, workers=workers, memory=memory)
         inputs = {"task": check(run / "task").content, "store": stored, "student": student}

@@ -57,8 +57,8 @@ def linear(
 
     The same loss as scikit-learn's with every row repeated once a class, weighted by the class's probability, without the copies.
     """
-    from retrikt_ray.index.learning import answers_of, fitted
-    from retrikt_ray.task.metrics import score
+    from retrikt_ray.index.learning import fitted
+    from retrikt_ray.task.metrics import answers_of, score
 
     shift = targets.mean(0) if targets.shape[1] == 1 else np.zeros(targets.shape[1])
     best: tuple[float, System] | None = None

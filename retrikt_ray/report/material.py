@@ -40,26 +40,28 @@ class Material:
         return texts_of(table), np.array(table["value"].to_pylist())
 
     @cached_property
-    def kept(self) -> np.ndarray:
-        """Positions of the store's rows of these sources."""
+    def every_source(self) -> np.ndarray:
+        """Of each row of the store."""
         from retrikt_ray.student.rows import sources_of
 
-        found = sources_of(self.inputs["store"])
-        return np.flatnonzero(np.isin(found, self.sources)) if self.sources else np.arange(len(found))
+        return sources_of(self.inputs["store"])
 
     @cached_property
     def source(self) -> np.ndarray:
-        """Of each row, (N,)."""
-        from retrikt_ray.student.rows import sources_of
-
-        return sources_of(self.inputs["store"])[self.kept]
+        """Of each row of `rows`, (N,)."""
+        return self.every_source[self.wanted]
 
     @cached_property
     def rows(self) -> Rows:
         """The store's, of these sources."""
         from retrikt_ray.student.rows import load_rows
 
-        return load_rows(self.inputs["store"]).take(self.kept.tolist())
+        return load_rows(self.inputs["store"]).take(self.wanted.nonzero()[0].tolist())
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Whether a row of the store is of these sources, bool."""
+        return np.isin(self.every_source, self.sources or np.unique(self.every_source))
 
     @cached_property
     def labelled(self) -> list[int]:

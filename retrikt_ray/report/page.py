@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from importlib.resources import files
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment
@@ -18,10 +18,10 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from scipy.stats import t as student_t
 
 from retrikt_ray.index.mixture import NAMES
 from retrikt_ray.report.systems import BY_NAME
+from retrikt_ray.task.metrics import seeds_ci95
 
 METRICS = {"macro_f1": "macro F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation", "spearman": "Spearman correlation"}
 INK, MUTED, LINE, ACCENT, WARM = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -65,8 +65,7 @@ def _merge_system(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _over_seeds(values: list[float]) -> dict[str, Any]:
-    n = len(values)
-    return {"mean": fmean(values), "ci95": float(student_t.ppf(0.975, n - 1)) * stdev(values) / n**0.5, "per_seed": values}
+    return {"mean": fmean(values), "ci95": seeds_ci95(values), "per_seed": values}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -107,7 +106,7 @@ def _count(n: float) -> str:
 
 
 def _shares(mixture: dict[str, Any]) -> dict[str, float]:
-    """The voices' weights as shares of their sum, as `Mixture.shares` has them; a report by another version may have fewer voices."""
+    """The voices' weights as shares of their sum; a report by another version may have fewer voices."""
     weights = {name: mixture[name] for name in NAMES if name in mixture}
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,27 +50,36 @@ class Remade:
         made = Remade(student, searcher, words, of_texts(part.texts, labels), labels, unseen, ALONE)
         return replace(made, mixture=made.fitted())
 
-    def heard(self, texts: list[Text], memory: Memory, allowed: np.ndarray | None = None) -> tuple[np.ndarray, Votes, Votes, Voice]:
-        """What each voice says: the student's answers, both sides' neighbours, the n-grams' answers."""
-        answers, vectors = (x.numpy() for x in self.student.encode(texts))
-        found = (self.searcher.search(vectors, MOST, allowed), self.words.search(texts, MOST, allowed))
-        dense, lexical = (Votes(scores, self.labels[positions]) for positions, scores in found)
-        return answers, dense, lexical, memory.answers(texts)
-
-    def fitted(self, names: tuple[str, ...] = NAMES) -> Mixture:
-        """The mixture of some of the voices."""
+    @cached_property
+    def heard(self) -> tuple[np.ndarray, Votes, Votes, Voice]:
+        """What each voice says of the unseen rows: the student's answers, both sides' neighbours, the n-grams' answers."""
         u = self.unseen
-        return fit_mixture(u.targets, *self.heard(u.texts, u.memory, u.others), names)
+        answers, vectors = (x.numpy() for x in self.student.encode(u.texts))
+        found = self.searcher.search(vectors, MOST, u.others), self.words.search(u.texts, MOST, u.others)
+        return answers, self.votes(found[0]), self.votes(found[1]), u.memory.answers(u.texts)
+
+    def votes(self, found: tuple[np.ndarray, np.ndarray]) -> Votes:
+        """Of positions and scores."""
+        return Votes(found[1], self.labels[found[0]])
+
+    def fitted(self, names: Sequence[str] = NAMES, rows: int | None = None) -> Mixture:
+        """The mixture of some of the voices, fitted on the first of the unseen rows; None: on all."""
+        answers, dense, lexical, (said, found) = self.heard
+        dense, lexical = (Votes(v.scores[:rows], v.labels[:rows]) for v in (dense, lexical))
+        return fit_mixture(self.unseen.targets[:rows], answers[:rows], dense, lexical, (said[:rows], found[:rows]), names)
 
     def answer(self, texts: list[Text], mixture: Mixture | None = None) -> np.ndarray:
+        """As `Predictor.answer`: voices without a weight are not asked."""
         m = mixture or self.mixture
-        answers, dense, lexical, ngrams = self.heard(texts, self.memory)
-        return mix(answers, voices_of(dense, lexical, ngrams, m), m)
+        answers, vectors = (x.numpy() for x in self.student.encode(texts))
+        dense = self.votes(self.searcher.search(vectors, m.k)) if m.dense else None
+        lexical = self.votes(self.words.search(texts, m.lexical_k)) if m.lexical else None
+        return mix(answers, voices_of(dense, lexical, self.memory.answers(texts) if m.ngrams else None, m), m)
 
 
 @dataclass(frozen=True)
 class Unseen:
-    """Rows that the voices are fitted on, and what speaks without having seen them."""
+    """Rows that the voices are fitted on, validation first, and what speaks without having seen them."""
 
     texts: list[Text]
     targets: np.ndarray  # (Q, C)

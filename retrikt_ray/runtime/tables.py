@@ -57,3 +57,17 @@ def matrix(column: Any) -> np.ndarray:
     """A column of equally long lists as (n, C) float32."""
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
+
+
+def write_arrays(folder: Folder, name: str, arrays: dict[str, np.ndarray], **numbers: int) -> None:
+    """Arrays of any lengths, and whole numbers, as one Arrow file with one row, so that reading it maps the arrays into memory."""
+    columns = {k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v)) for k, v in arrays.items()}
+    table = pa.table(columns | {k: pa.array([v], pa.int64()) for k, v in numbers.items()})
+    with folder.create(name) as path, pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrays(path: str, names: tuple[str, ...], number: str) -> tuple[dict[str, Any], int]:
+    """Arrays of a file that `write_arrays` wrote, by name, and one of its numbers. Raises KeyError and pa.ArrowInvalid for another file."""
+    table = pa.ipc.open_file(pa.memory_map(path)).read_all()
+    return {k: table[k].chunk(0).values.to_numpy() for k in names}, table[number][0].as_py()

@@ -80,11 +80,15 @@ class Static:
 
     def vector(self, model: Any, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> Tensor:
         """ids, mask: (B, T), ids of the full tokenizer -> (B, width)."""
-        a = self.average(model, model.token_map[ids].long(), mask)
+        a = self.one(model, model.token_map[ids].long(), mask)
         if pair_ids is None or pair_mask is None:
             return a
-        b = self.average(model, model.token_map[pair_ids].long(), pair_mask)
+        b = self.one(model, model.token_map[pair_ids].long(), pair_mask)
         return torch.cat([a, b, (a - b).abs(), a * b], -1)
+
+    def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """The vector of one text. ids: rows of the student's table, (B, T) -> (B, dim)"""
+        return self.average(model, ids, mask)
 
     @staticmethod
     def average(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
@@ -146,13 +150,6 @@ class Convolution(Static):
         modules, width = super().parts()
         filters = nn.Linear(self.SPAN * self.config.dim, self.FILTERS)
         return modules | {"filters": filters}, width + self.FILTERS * (4 if self.config.pair else 1)
-
-    def vector(self, model: Any, ids: Tensor, mask: Tensor, pair_ids: Tensor | None = None, pair_mask: Tensor | None = None) -> Tensor:
-        a = self.one(model, model.token_map[ids].long(), mask)
-        if pair_ids is None or pair_mask is None:
-            return a
-        b = self.one(model, model.token_map[pair_ids].long(), pair_mask)
-        return torch.cat([a, b, (a - b).abs(), a * b], -1)
 
     def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean and maxima of one text. ids: rows of the student's table, (B, T) -> (B, dim + FILTERS)"""

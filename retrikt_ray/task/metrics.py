@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import stdev
 
 import numpy as np
 
@@ -39,9 +40,25 @@ def losses(answers: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.asarray(-(targets * np.log(np.clip(answers, 1e-6, 1))).sum(1))
 
 
+def answers_of(logits: np.ndarray) -> np.ndarray:
+    """Probabilities by softmax over the classes (last axis); values as they are where there is one output."""
+    if logits.shape[-1] == 1:
+        return logits
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(-1, keepdims=True))
+
+
 def one_hot(truth: np.ndarray, outputs: int) -> np.ndarray:
     """True class ids (N,) as distributions (N, C); values (N,) as (N, 1) where outputs is 1."""
     return truth[:, None] if outputs == 1 else np.eye(outputs)[truth.astype(int)]
+
+
+def seeds_ci95(values: Sequence[float]) -> float:
+    """Half-width of Student's 95 % interval of a mean over seeds; NaN for one seed."""
+    from scipy.stats import t as student_t
+
+    n = len(values)
+    return float(student_t.ppf(0.975, n - 1)) * stdev(values) / n**0.5 if n > 1 else float("nan")
 
 
 def bootstrap_ci95(metric: str, truth: np.ndarray, answers: np.ndarray, rounds: int = 500) -> float:

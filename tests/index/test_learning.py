@@ -16,7 +16,7 @@ from retrikt_ray.index.ngrams import ARRAYS, Memory, pair_keys, word_key
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source
 from retrikt_ray.store.rows import store_schema
-from retrikt_ray.task.metrics import losses
+from retrikt_ray.task.metrics import answers_of, losses
 from retrikt_ray.task.texts import Text
 
 WORDS = ["not", "very", "good", "dull", "film", "play", "cast", "slow", "warm", "and", "how", "many"]
@@ -120,12 +120,14 @@ def test_a_store_is_learnt_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The same memory, whatever the tasks it is counted by; and without the rows that are left out as if they were not there."""
     labels = some_labels(TEXTS, 3)
     store, want = write_store(Folder.at(tmp_path), TEXTS, labels, 4), of_texts(TEXTS, labels)
-    same(learn(store, 0, None), want)
+    same(*learn(store, 0, None), want)
     monkeypatch.setattr(learning, "TASK_ROWS", 7)
-    same(learn(store, 1, None), want)
+    same(*learn(store, 1, None), want)
     left_out = np.array([0, 5, 29, 30, 31, 119])
     rest = np.setdiff1d(np.arange(120), left_out)
-    same(learn(store, 0, None, left_out), of_texts([TEXTS[i] for i in rest], labels[rest]))
+    whole, without = learn(store, 0, None, left_out)
+    same(whole, want)
+    same(without, of_texts([TEXTS[i] for i in rest], labels[rest]))
 
 
 def test_a_large_store_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +136,14 @@ def test_a_large_store_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = learning.counted
     monkeypatch.setattr(learning, "counted", lambda source, positions: (asked.append(positions), before(source, positions))[1])
     store = write_store(Folder.at(tmp_path), TEXTS, some_labels(TEXTS, 2), 2)
-    first, again, other = (learn(store, seed, None, np.arange(20)) for seed in (0, 0, 1))
-    assert first.rows == 50
-    same(first, again)
-    assert asked[0].tolist() == asked[1].tolist() != asked[2].tolist() and len({*asked[0].tolist()}) == 50 and asked[0].min() >= 20
+    (first, without), again, other = (
+        learn(store, seed, None, left_out)[:n] for seed, left_out, n in ((0, np.arange(20), 2), (0, None, 1), (1, None, 1))
+    )
+    assert first.rows == 50 and without.rows == (asked[0] >= 20).sum() < 50
+    same(first, *again)
+    assert asked[0].tolist() == asked[1].tolist() != asked[2].tolist() and len({*asked[0].tolist()}) == 50
     assert asked[0].tolist() == sorted(asked[0].tolist())
-    assert not np.array_equal(first.bias, other.bias)
+    assert not np.array_equal(first.bias, other[0].bias)
 
 
 def test_counting_reads_rows_at_positions(tmp_path: Path) -> None:
@@ -167,7 +171,7 @@ def test_at_the_minimum_a_weight_is_what_the_rows_say(classes: int) -> None:
     features = reference.of(TEXTS)
     scaled = (labels - labels.mean()) / labels.std() if classes == 1 else labels
     weights, bias = fitted(features, scaled, np.zeros_like(scaled), True, 3000)
-    missing = scaled - learning.answers_of(features @ weights + bias)
+    missing = scaled - answers_of(features @ weights + bias)
     np.testing.assert_allclose(weights, PENALTY * features.T @ missing, atol=0.02)
 
 

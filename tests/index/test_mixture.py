@@ -27,11 +27,10 @@ from retrikt_ray.index.mixture import (
     mix,
     pays,
     scale,
-    unscale,
     voices_of,
     vote,
 )
-from retrikt_ray.task.metrics import losses
+from retrikt_ray.task.metrics import answers_of, losses
 
 TAU, LEXICAL_TAU = 0.1, 2.0
 STEP, LEXICAL_STEP = TAU * math.log(3), LEXICAL_TAU * math.log(3)  # a score this much smaller weighs a third
@@ -150,10 +149,6 @@ def test_mix_does_not_change_what_it_is_given() -> None:
     assert student.tolist() == [[0.9, 0.1]] and voice[0].tolist() == [[0.2, 0.8]] and voice[1].tolist() == [[1.0]]
 
 
-def test_shares() -> None:
-    assert mixture(1.0, 0.5, 0.0, 0.5).shares() == {"student": 0.5, "dense": 0.25, "lexical": 0.0, "ngrams": 0.25}
-
-
 # choosing k and tau
 
 
@@ -246,7 +241,7 @@ def test_weights_are_never_all_nought() -> None:
 def simulated(rng: np.random.Generator, rows: int, classes: int, sure: float) -> np.ndarray:
     """Answers of a voice to rows whose truth is their number modulo the classes: log-odds for the truth, in noise."""
     logits = rng.normal(size=(rows, classes)) + sure * np.eye(classes)[np.arange(rows) % classes]
-    return unscale(logits)
+    return answers_of(logits)
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -381,7 +376,7 @@ def test_never_worse_than_the_best_single_voice(seed: int, classes: int, rows: i
 
 def test_scale_and_back() -> None:
     answers = np.array([[0.7, 0.2, 0.1]])
-    close(unscale(scale(answers)), ((1 - FLOOR) * answers + FLOOR / 3).tolist())
-    close(unscale(np.array([[1000.0, 0.0]])), [[1.0, 0.0]])
+    close(answers_of(scale(answers)), ((1 - FLOOR) * answers + FLOOR / 3).tolist())
+    close(answers_of(np.array([[1000.0, 0.0]])), [[1.0, 0.0]])
     values = np.array([[3.5], [-1.0]])
-    assert unscale(scale(values)).tolist() == values.tolist()
+    assert answers_of(scale(values)).tolist() == values.tolist()

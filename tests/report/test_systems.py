@@ -12,7 +12,7 @@ import torch
 from making.tiny_run import LABELS, TEXTS, make_run, make_student
 
 from retrikt_ray.index.learning import of_texts
-from retrikt_ray.index.mixture import ALONE, NAMES, Mixture
+from retrikt_ray.index.mixture import ALONE, NAMES, Mixture, Votes, fit_mixture, mix, voices_of
 from retrikt_ray.report import material as materials
 from retrikt_ray.report import remade, systems
 from retrikt_ray.report.material import Material
@@ -95,12 +95,14 @@ def test_retrikt_made_anew_holds_rows_out_of_everything_that_its_mixture_is_fitt
     np.testing.assert_array_equal(unseen.targets, want)
     assert [index[i] for i in np.flatnonzero(~unseen.others)] == held
     # They find no row that is held out, and the n-gram memory has not seen one; answers come from all rows.
-    _, dense, lexical, _ = made.heard(unseen.texts, unseen.memory, unseen.others)
+    _, dense, lexical, (said, _) = made.heard
+    np.testing.assert_array_equal(said, unseen.memory.answers(unseen.texts)[0])
     assert np.isfinite(dense.scores).sum(1).max() == len(kept) and np.isfinite(lexical.scores).sum(1).max() <= len(kept)
     assert (unseen.memory.rows, made.memory.rows) == (len(kept), len(index))
     everything = of_texts([some.rows.texts[i] for i in index], some.rows.teacher[index].numpy())
     np.testing.assert_array_equal(made.memory.steps, everything.steps)
-    own = made.heard([some.rows.texts[held[0]]], made.memory)[1]
+    vector = made.student.encode([some.rows.texts[held[0]]])[1].numpy()
+    own = made.votes(made.searcher.search(vector, len(index)))
     assert own.scores[0, 0] == pytest.approx(1, abs=1e-5) and np.isfinite(own.scores).sum() == len(index)
 
 
@@ -112,6 +114,13 @@ def test_answers_of_some_voices(asked: list[Any]) -> None:
     np.testing.assert_array_equal(made.answer(texts), made.answer(texts, made.mixture))
     both = Mixture(0.0, 0.0, 0.0, 1.0, 8, 0.1, 4, 1.0)
     np.testing.assert_allclose(made.answer(texts, both), 0.98 * made.memory.answers(texts)[0] + 0.01, atol=1e-6)
+    every = Mixture(0.2, 0.3, 0.4, 0.5, 8, 0.1, 4, 1.0)
+    dense = made.votes(made.searcher.search(made.student.encode(texts)[1].numpy(), 64))
+    voices = voices_of(dense, made.votes(made.words.search(texts, 64)), made.memory.answers(texts), every)
+    np.testing.assert_allclose(made.answer(texts, every), mix(student, voices, every), atol=1e-6)
+    few, some_rows = made.fitted(rows=2), made.unseen.targets[:2]
+    dense, lexical = (Votes(v.scores[:2], v.labels[:2]) for v in made.heard[1:3])
+    assert few == fit_mixture(some_rows, made.heard[0][:2], dense, lexical, (made.heard[3][0][:2], made.heard[3][1][:2]))
     for name in NAMES:
         fitted = made.fitted(tuple(n for n in NAMES if n != name))
         assert getattr(fitted, name) == 0 and sum(getattr(fitted, n) for n in NAMES) > 0

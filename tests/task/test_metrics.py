@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from retrikt_ray.task import metrics
 
@@ -95,3 +96,16 @@ def test_losses() -> None:
 def test_one_hot() -> None:
     assert metrics.one_hot(np.array([1.0, 0.0]), 3).tolist() == [[0, 1, 0], [1, 0, 0]]
     assert metrics.one_hot(np.array([1.5, -2.0]), 1).tolist() == [[1.5], [-2.0]]
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [70.1, 68.4, 73.3, 71.0, 69.9]])
+def test_an_interval_over_seeds(values: list[float]) -> None:
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=0, scale=stats.sem(values))
+    assert metrics.seeds_ci95(values) == pytest.approx((high - low) / 2, rel=1e-12)
+
+
+def test_an_interval_over_seeds_by_hand() -> None:
+    assert metrics.seeds_ci95([1.0, 3.0]) == pytest.approx(
+        12.706205, abs=1e-5
+    )  # standard error 1; the 97.5 % quantile of t with one degree of freedom
+    assert math.isnan(metrics.seeds_ci95([1.0])) and metrics.seeds_ci95([2.0, 2.0]) == 0
