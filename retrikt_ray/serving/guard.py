@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -113,9 +112,8 @@ def needed(method: str, path: str) -> int:
     return LEVELS["write" if path.startswith("/knowledge") and method not in ("GET", "HEAD") else "read"]
 
 
-def refuse(_: Request | None, error: Exception) -> JSONResponse:
+def refuse(error: HTTPException) -> JSONResponse:
     """The JSON body of every error that reaches a client."""
-    assert isinstance(error, HTTPException)
     body = {"error": str(error.detail), "code": CODES.get(error.status_code, "refused")}
     expected = getattr(error, "expected", "a route and method of /openapi.json" if error.status_code in (404, 405) else None)
     return JSONResponse(body | ({"expected": expected} if expected else {}), error.status_code, error.headers)
@@ -165,11 +163,12 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *HEADERS, *([(b"x-request-id", code.encode())] if self.echo else [])]
             await send(message)
 
+        scope["app"] = self  # Starlette's sign that somebody above writes its refusals
         try:
             self.check(scope, headers)
             await self.app(scope, bounded, watched)
         except HTTPException as refusal:
-            await refuse(None, refusal)(scope, receive, watched)
+            await refuse(refusal)(scope, receive, watched)
         except Exception as error:
             logger.error(f"error {code} in {scope['method']} {route_of(scope)}\n{told(error)}")
             if started:

@@ -9,17 +9,16 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from retrikt_ray import __version__
 from retrikt_ray.serving import edits
-from retrikt_ray.serving.guard import Guard, Keys, needed, refuse
+from retrikt_ray.serving.guard import Guard, Keys, needed
 from retrikt_ray.serving.reading import CODES, Refusal, read_body, texts_of_inputs
 from retrikt_ray.serving.replica import Answers, Endpoint, Job
 from retrikt_ray.serving.wire import (
@@ -267,9 +266,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
 
     routes = [Route(op.path, counted(op), methods=[op.method]) for op in operations]
     routes += [Route("/", page("page")), Route("/docs", page("docs")), Route("/openapi.json", described)]
-    inner = Starlette(routes=routes, exception_handlers={HTTPException: refuse})
-    inner.router.redirect_slashes = False
-    app: ASGIApp = Guard(inner, endpoint.args, Keys.load(endpoint.args), echo)
+    app: ASGIApp = Guard(Router(routes, redirect_slashes=False), endpoint.args, Keys.load(endpoint.args), echo)
     if endpoint.args.cors_origins:
         app = CORSMiddleware(
             app,
