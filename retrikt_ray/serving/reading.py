@@ -70,9 +70,7 @@ def read_body(raw: bytes, model: type[Model]) -> Model:
         known = ", ".join(Parameters.model_fields if field.startswith("parameters.") else model.model_fields)
         raise Refusal(422, f"there is no field {short(field)}", known)
     wrong_shape = field == "the body" or first["type"] in ("model_type", "invalid_key")
-    raise Refusal(
-        422, f"{field}: found {found}", object_of if wrong_shape else first["msg"].removeprefix("Input should be ")
-    )
+    raise Refusal(422, f"{field}: found {found}", object_of if wrong_shape else first["msg"].removeprefix("Input should be "))
 
 
 def texts_of_inputs(body: Body | PreviewBody, pair: bool, args: ServeArgs) -> tuple[list[Text], bool]:

@@ -17,7 +17,6 @@ from retrikt_ray.predictor import Predictor
 from retrikt_ray.task.texts import Text
 
 
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_run(tmp_path_factory.mktemp("runs") / "single"))
@@ -113,7 +112,11 @@ def test_overload_is_refused_and_what_was_taken_is_answered(run: str) -> None:
         assert [a.status_code for a in answers] == [200] * 2 + [503] * 10
         assert [len(rows) for rows in answers[1].json()] == [12] * 256
         assert answers[-1].headers["retry-after"] == "1"
-        assert answers[-1].json() == {"error": "2 requests are waiting already", "code": "overloaded", "expected": "the same request a second later"}
+        assert answers[-1].json() == {
+            "error": "2 requests are waiting already",
+            "code": "overloaded",
+            "expected": "the same request a second later",
+        }
         assert opened.post("retrieve", {"inputs": "a film"}).status_code == 200
 
 

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
-from retrikt_ray.serving.routes import build_api
 from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.guard import Guard, Keys
+from retrikt_ray.serving.routes import build_api
 
 
 def call(app: ASGIApp, sent: list[Any], **scope: Any) -> None:
@@ -162,7 +162,10 @@ def test_fault_of_the_server_is_json_with_an_id_that_the_log_has(log: pytest.Log
     answers = [api.post(f"prefix/{route}", {"inputs": "a"}) for route in ("predict", "predict", "explain")]
     for answer, route in zip(answers, ("predict", "predict", "explain"), strict=True):
         code = answer.json()["error_id"]
-        assert (answer.status_code, answer.json()) == (500, {"error": "the server failed on this request", "code": "failed", "error_id": code})
+        assert (answer.status_code, answer.json()) == (
+            500,
+            {"error": "the server failed on this request", "code": "failed", "error_id": code},
+        )
         assert f"error {code} in POST /{route}" in log.text
     assert len({answer.json()["error_id"] for answer in answers}) == 3
     assert "ValueError" in log.text and "Out of range float values" not in log.text  # the place of a fault, not what was in it

@@ -94,7 +94,7 @@ def test_an_edit_for_another_version_is_refused(served: Replica) -> None:
         assert (answer.status_code, answer.json()["code"]) == (412, "version_differs")
         assert answer.json()["error"] == "the knowledge is of version 1, the edit was made for 0"
     assert send(served, "GET").json()["version"] == 1
-    assert put(served, row, **{"If-Match": "W/\"1\""}).json()["version"] == 2
+    assert put(served, row, **{"If-Match": 'W/"1"'}).json()["version"] == 2
     assert put(served, row, **{"If-Match": "*"}).json()["version"] == 3
     assert put(served, row, **{"If-Match": "one"}).status_code == 422
 
