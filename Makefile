@@ -67,6 +67,10 @@ $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours). BENCH="seeds=[0]": a part
 	$(BIN)/python -m jobs.bench $(BENCH)
 
+bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-batched generate; prefixes of 150 classes
+	$(BIN)/python -m jobs.bench_generate speed
+	$(BIN)/python -m jobs.bench_generate prefixes
+
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
 

@@ -21,7 +21,7 @@ from retrikt_ray.store.rows import GENERATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import split_pair
 
-VERSION = 2
+VERSION = 3
 
 
 class GenerateConfig(Scaled):
@@ -54,18 +54,23 @@ def shard_name(shard: int) -> str:
 class ShardWriter:
     """A Ray Data actor: holds the LM and turns shard numbers into shard files. The rows it returns only count what was done."""
 
-    def __init__(self, config: GenerateConfig, task: Task, teacher: Folder, policy: Folder, out: Folder, seed: int, threads: int) -> None:
+    def __init__(
+        self, config: GenerateConfig, task: Task, teacher: Folder, policy: Folder, out: Folder, seed: int, threads: int, gpus: float
+    ) -> None:
         import torch
 
-        from retrikt_ray.store.engines import ENGINES, Engine, Sampling
+        from retrikt_ray.store.engines import ENGINES, Engine, Order
         from retrikt_ray.teacher.prompts import load_prompts
+        from retrikt_ray.teacher.sampling import Sampling
 
         torch.set_num_threads(threads)
         self.config, self.task, self.seed, self.out = config, task, seed, out
         card = teacher.read_json("teacher.json")
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
-        start = ENGINES[config.backend]
-        self.engine: Engine = start(card["base"], card["dtype"], load_prompts(policy), task.prefixes, card["max_tokens"], sampling)
+        order = Order(
+            card["base"], card["dtype"], card["chat"], load_prompts(policy), task.prefixes, card["max_tokens"], task.lines, sampling, gpus
+        )
+        self.engine: Engine = ENGINES[config.backend](order)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         done: dict[str, list[Any]] = {"shard": [], "rows": [], "tokens": []}
@@ -122,7 +127,7 @@ def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 2. the rest
     if missing:
         workers = plan(config, "generate")
-        arguments = (config, Task.read(inputs["task"]), inputs["teacher"], inputs["policy"], folder, seed, workers.threads)
+        arguments = (config, Task.read(inputs["task"]), inputs["teacher"], inputs["policy"], folder, seed, workers.threads, workers.gpus)
         with track("generate", config.rows, "rows") as progress:
             progress.set((total - len(missing)) * config.rows_per_shard)
             for row in pool(ShardWriter, arguments, [{"shard": s} for s in missing], workers):
