@@ -86,8 +86,8 @@ bench-index-query: install-bench ## Latency of a query at 1M vectors beside plai
 bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compared with a fresh build
 	$(BIN)/python -m jobs.bench_edit
 
-bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders
-	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py
+bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders, 30 SIGKILLs while generating
+	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py tests/store/test_faults.py
 
 clean: ## Remove the environment and the runs
 	rm -rf $(VENV) $(VENV)-autofaiss runs

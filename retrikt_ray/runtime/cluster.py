@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def plan(config: Scaled, stage: str, *, cpus: float = 1, grow: bool = True) -> W
     return Workers(count, each, gpus)
 
 
-def pool(actor: type, arguments: tuple[Any, ...], items: list[dict[str, Any]], workers: Workers) -> Iterator[dict[str, Any]]:
+def pool(actor: type, arguments: tuple[Any, ...], items: list[dict[str, Any]], workers: Workers) -> Generator[dict[str, Any], None, None]:
     """A Ray Data pool of `actor(*arguments)`: each is handed one item at a time, and the rows that it returns come as they are ready.
 
     The actor is called with a batch of one item (columns of length 1) and returns a batch of rows.

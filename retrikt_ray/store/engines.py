@@ -14,7 +14,7 @@ from torch import Tensor
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.base import Base, Chat, model_path
 from retrikt_ray.teacher.packed import pack
-from retrikt_ray.teacher.prefix import prefix_embeddings, run_prefix
+from retrikt_ray.teacher.prefix import begin_like, prefix_embeddings, run_prefix
 from retrikt_ray.teacher.sampling import Sampling
 
 GPU_SHARE = 0.9  # of a GPU's memory that vLLM may take
@@ -32,6 +32,7 @@ class Order(NamedTuple):
     lines: int  # of a text
     sampling: Sampling
     gpus: float  # of this worker
+    starts: dict[str, int]  # labelled rows by how they begin (`start_of`)
 
 
 class Generated(NamedTuple):
@@ -54,7 +55,8 @@ class TransformersEngine:
         self.order, self.base = order, Base.load(order.base, order.dtype, order.chat)
         pack(self.base.model)
         with torch.no_grad():
-            self.prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
+            prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
+            self.prefix = begin_like(self.base, prefix, order.starts, order.sampling.temperature)
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
         rows, lines = torch.tensor(conditions, device=self.base.device), self.order.lines

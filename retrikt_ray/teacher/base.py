@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +131,11 @@ class Base:
         pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return frozenset(i for i, piece in enumerate(pieces) if "\n" in piece)
 
+    @cached_property
+    def starts(self) -> list[str]:
+        """What kind of start each token would be for a text: `start_of` the token."""
+        return [start_of(piece) for piece in self.tokenizer.batch_decode([[i] for i in range(self.embed.weight.shape[0])])]
+
     def ends(self, ids: list[int], lines: int) -> bool:
         """Whether a text of these tokens is complete: ended by the model, or after so many lines; empty ones in front do not count."""
         if ids[-1] in self.stops:
@@ -183,6 +189,11 @@ def head_of(template: str) -> str:
     """A template without the space at its end. Tokenizers keep a space with the word behind it: left with the template it is a token that no
     text was ever written after, and what a language model then writes begins with rubbish."""
     return template.rstrip(" ")
+
+
+def start_of(text: str) -> str:
+    """The Unicode category of a text's first character that is no space: Lu (capital), Ll, Nd (digit), Pi (opening quotation mark), ...; "" for none."""
+    return unicodedata.category(text.lstrip()[0]) if text.strip() else ""
 
 
 def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Left out on purpose: early stopping. Both trainings are a fixed number of epochs
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import Field
@@ -159,6 +160,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     import ray
 
     from retrikt_ray.runtime.training import launch
+    from retrikt_ray.teacher.base import start_of
 
     workers = plan(config, "teach", cpus=2, grow=False)
     teacher, task = out["teacher"], Task.read(inputs["task"])
@@ -182,9 +184,17 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
     # 3. calibrate and assess it
     judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(assess).remote(teacher, inputs["task"], workers.threads))
+    starts = Counter(start_of(joined(text)) for text in texts_of(inputs["task"].read_table("train.parquet")))
     teacher.write_json(
         "teacher.json",
-        {"base": config.base, "dtype": config.dtype, "chat": config.chat, "annotator": config.annotator, "max_tokens": config.max_tokens}
+        {
+            "base": config.base,
+            "dtype": config.dtype,
+            "chat": config.chat,
+            "starts": starts,
+            "annotator": config.annotator,
+            "max_tokens": config.max_tokens,
+        }
         | judged,
     )
     return {"annotator": config.annotator, "parameters": judged["parameters"], "validation": judged["validation"]}

@@ -23,7 +23,7 @@ def soft() -> torch.Tensor:
 
 
 def test_a_text_depends_on_its_condition_and_seed_alone(tiny_lm: str, soft: torch.Tensor) -> None:
-    engine = TransformersEngine(Order(tiny_lm, "float32", False, soft, TEMPLATES, 10, 1, Sampling(0.9, 20, 1.0), 0))
+    engine = TransformersEngine(Order(tiny_lm, "float32", False, soft, TEMPLATES, 10, 1, Sampling(0.9, 20, 1.0), 0, {"Ll": 3}))
     together = engine.generate([0, 1, 0, 1], [5, 6, 7, 8])
     assert engine.generate([1], [6]) == [together[1]] and engine.generate([0], [7]) == [together[2]]
     assert len({g.text for g in together}) == 4 and all(1 <= g.tokens <= 10 for g in together)
@@ -46,7 +46,7 @@ def test_what_the_vllm_engine_asks_for(tiny_lm: str, soft: torch.Tensor, monkeyp
     fake = types.ModuleType("vllm")
     fake.LLM, fake.SamplingParams = LLM, types.SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", fake)
-    engine = VllmEngine(Order(tiny_lm, "auto", False, soft, TEMPLATES, 10, 1, Sampling(0.7, 0, 0.9), 0.5))
+    engine = VllmEngine(Order(tiny_lm, "auto", False, soft, TEMPLATES, 10, 1, Sampling(0.7, 0, 0.9), 0.5, {}))
     seeds = [2**64 - 2, 3]
     found = engine.generate([1, 0], seeds)
     assert [(g.text, g.tokens, g.finished) for g in found] == [("hello", 3, True), ("cut", 10, False)]
