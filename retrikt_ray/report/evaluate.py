@@ -25,7 +25,7 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text, texts_of
 
-VERSION = 2
+VERSION = 3
 CHUNK = 256  # test rows that an actor of the teacher's pool answers at a time
 PART = "store:"  # the name of RetriKT on a part of the store begins so, and ends with the fraction
 EXAMPLE_NEIGHBOURS = 4

@@ -23,8 +23,9 @@ from retrikt_ray.runtime.settings import ConfigError, Scaled
 from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema, table_of
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import texts_of
+from retrikt_ray.task.words import words
 
-VERSION = 1
+VERSION = 2
 CHUNK = 512  # rows per annotated part
 
 
@@ -32,7 +33,9 @@ class AnnotateConfig(Scaled):
     """Which texts become rows of the store."""
 
     batch: int = Field(64, ge=1, description="Texts per forward pass of the annotator.")
-    min_words: int = Field(2, ge=1, description="Texts with fewer words are rejected (`too_short`).")
+    min_words: int = Field(
+        2, ge=1, description="Texts with fewer words are rejected (`too_short`); in scripts without spaces a character is a word."
+    )
     keep_unfinished: bool = Field(
         True, description="Keep generated texts that the length limit cut off; else they are rejected (`unfinished`)."
     )
@@ -114,7 +117,7 @@ def reject_reason(row: dict[str, Any], source: str, held_out: set[str], seen: se
     code = key(row["text"], row["text_pair"])
     if code in held_out:
         return "leakage"
-    if source != "task" and len(row["text"].split()) < config.min_words:
+    if source != "task" and len(words(row["text"])) < config.min_words:
         return "too_short"
     if source == "generated" and not row["finished"] and not config.keep_unfinished:
         return "unfinished"

@@ -94,6 +94,13 @@ def test_too_short() -> None:
     assert reason(row("one two three"), min_words=3) is None
 
 
+@pytest.mark.parametrize("text", ["我喜欢这部电影。", "映画は面白い", "ภาพยนตร์เรื่องนี้ดีมาก", "iPhone很好"])
+def test_texts_without_spaces_are_not_too_short(text: str) -> None:
+    assert reason(row(text), min_words=3) is None
+    assert reason(row(text), min_words=30) == "too_short"
+    assert reason(row("好。")) == "too_short"  # one word and a mark
+
+
 def test_unfinished() -> None:
     assert reason(row(finished=False)) is None
     assert reason(row(finished=False), keep_unfinished=False) == "unfinished"
