@@ -32,7 +32,7 @@ MAY_IMPORT = {  # beside itself; a module of the top level is a place of its own
     "export": (*BELOW, "student", "index", "knowledge", "predictor", "report", "__init__"),
     "pipeline": ("runtime", "task", "config", "report"),
     "__init__": ("config", "pipeline", "predictor", "knowledge"),  # the public face
-    "store_cli": ("runtime", "task", "index", "knowledge", "predictor", "pipeline"),
+    "store_cli": ("runtime", "task", "store", "index", "knowledge", "predictor", "pipeline"),
     "cli": ("runtime", "task", "report", "predictor", "serving", "config", "pipeline", "bench", "export", "store_cli", "__init__"),
     "__main__": ("cli",),
 }
