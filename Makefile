@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-latency \
-  bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults clean
+  bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -73,6 +73,9 @@ bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-
 
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
+
+bench-duplicates: install ## Time and memory of the search for near duplicates and leakage, 10k and 100k made-up rows
+	$(BIN)/python -m jobs.bench_duplicates
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss
 	$(BIN)/python -m jobs.bench_index build

@@ -33,7 +33,7 @@ MAY_IMPORT = {  # beside itself; a module of the top level is a place of its own
     "estimate": ("runtime", "student", "config", "pipeline"),
     "pipeline": ("runtime", "task", "config", "report"),
     "__init__": ("config", "pipeline", "predictor", "knowledge"),  # the public face
-    "store_cli": ("runtime", "task", "index", "knowledge", "predictor", "pipeline"),
+    "store_cli": ("runtime", "task", "store", "index", "knowledge", "predictor", "pipeline"),
     "cli": (
         "runtime",
         "task",

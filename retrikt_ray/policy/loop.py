@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrikt_ray.policy import ppo, rewards
+from retrikt_ray.policy import ppo
 from retrikt_ray.policy.reward_model import RewardModel, Rewards
 from retrikt_ray.runtime import training
+from retrikt_ray.task import words
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.base import Base, pad_rows
 from retrikt_ray.teacher.prefix import run_prefix, run_prefix_of
@@ -195,8 +196,8 @@ def watch(agent: Agent, reward_model: RewardModel, count: int, step: int, seed: 
         "reward": float(judged.total.mean()),
         "fidelity": float(judged.terms["fidelity"].mean()),
         "kl": ppo.text_kl(generated.log_probs, generated.ref_log_probs, generated.mask).item(),
-        "distinct_2": rewards.distinct(generated.texts),
-        "self_bleu": float(rewards.self_bleu(generated.texts).mean()),
+        "distinct_2": words.distinct(generated.texts),
+        "self_bleu": float(words.self_bleu(generated.texts).mean()),
         "entropy": ppo.entropy(generated.logits, generated.mask).item(),
         "terminated": float(np.mean(agent.base.ended(generated.ids, generated.mask, agent.lines))),
     }

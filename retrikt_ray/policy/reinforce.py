@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime.training import Session
 
-VERSION = 2
+VERSION = 3
 
 
 class ReinforceConfig(Scaled):

@@ -13,6 +13,7 @@ from retrikt_ray.policy import rewards
 from retrikt_ray.policy.rewards import RewardWeights, TaskRows
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, split_pair, texts_of
+from retrikt_ray.task.words import bigrams
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.base import Base
@@ -70,7 +71,7 @@ class RewardModel:
             likelihood=likelihood.cpu().numpy(),
             tokens=mask.sum(1).cpu().numpy(),
             ended=np.array(self.base.ended(ids, mask, self.task.lines)),
-            seen=self.rows.bigrams | rewards.bigrams(self.reservoir),
+            seen=self.rows.bigrams | bigrams(self.reservoir),
             rows=self.rows,
         )
 
@@ -85,7 +86,7 @@ def task_rows(base: Base, annotator: Annotator, task: Task, table: pa.Table) -> 
     groups = [values[conditions == i] for i in range(len(task.conditions))]
     return TaskRows(
         embeddings=annotator.annotate(texts)[1].numpy(),
-        bigrams=rewards.bigrams(sequences),
+        bigrams=bigrams(sequences),
         low=low,
         high=high,
         values=np.array([(group if len(group) else values).mean() for group in groups]),

@@ -10,10 +10,11 @@ import torch
 from making.policy_run import SEED, ScriptedRewards
 from torch.testing import assert_close
 
-from retrikt_ray.policy import loop, ppo, rewards
+from retrikt_ray.policy import loop, ppo
 from retrikt_ray.policy.loop import Agent, History
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.policy.reward_model import Rewards
+from retrikt_ray.task import words
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.prefix import prefix_embeddings, run_prefix
 
@@ -205,8 +206,8 @@ def test_watch(start) -> None:
     assert first["kl"] == 0.0 and model.reservoir == []  # held-out texts are no earlier texts
     seeds = [loop.rollout_seed(SEED, "watch", row) for row in range(6)]
     generated = loop.generate(agent, torch.tensor([0, 1, 0, 1, 0, 1]), seeds)
-    assert first["distinct_2"] == pytest.approx(rewards.distinct(generated.texts), abs=1e-5)
-    assert first["self_bleu"] == pytest.approx(rewards.self_bleu(generated.texts).mean(), abs=1e-5)
+    assert first["distinct_2"] == pytest.approx(words.distinct(generated.texts), abs=1e-5)
+    assert first["self_bleu"] == pytest.approx(words.self_bleu(generated.texts).mean(), abs=1e-5)
     with torch.no_grad():
         agent.policy.add_(torch.randn(agent.policy.shape, generator=torch.Generator().manual_seed(0)))
     assert loop.watch(agent, model, 6, 8, seed=SEED)["kl"] > 1
