@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retrikt_ray.runtime.cluster import Workers
+from retrikt_ray.runtime.cluster import Workers, room
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import follow
 
@@ -34,15 +34,17 @@ def launch(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     filesystem, path = scratch.arrow()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    with follow(label, "steps") as board:
+    count: Any = workers.count if workers.least is None else (workers.least, workers.count)
+    with room(label, workers.cpus, workers.gpus, workers.fewest, workers.count), follow(label, "steps") as board:
         trainer = TorchTrainer(
             loop,
             train_loop_config=config | {"board": board, "threads": workers.threads},
-            scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),  # figures on the CPU are averaged, too
+            scaling_config=ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name=name,
                 storage_path=path,
