@@ -127,7 +127,7 @@ def compact(run: str) -> None:
     folder, workers = opened_run.folder, None
     seal = artifacts.check(base_of(folder, read_log(folder / "knowledge")) / "store")
     if sum(seal.rows.values()) > RAY_ROWS:
-        cluster.connect(opened_run.log_file)
+        cluster.connect(opened_run.log_file, opened_run.config.cluster)
         workers = cluster.plan(opened_run.config.index, "index")
     else:
         cluster.quiet(None)
