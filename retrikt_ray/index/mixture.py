@@ -62,7 +62,7 @@ def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
 def cast(votes: Votes, k: int, tau: float) -> Voice:
     """The vote of the first k neighbours."""
     k = min(k, votes.scores.shape[1])
-    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :1]).astype(np.float64)
+    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :k]).any(1, keepdims=True).astype(np.float64)
 
 
 def voices_of(dense: Votes | None, lexical: Votes | None, ngrams: Voice | None, mixture: Mixture) -> dict[str, Voice]:
@@ -84,6 +84,20 @@ def mix(student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.n
         answers += weight * scale(said)
         left -= weight
     return answers_of(answers + left * own)
+
+
+def without(name: str, student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.ndarray:
+    """(Q, C) answers as they would be if one voice had not spoken; NaN where nothing is left.
+
+    The student stands in for another voice, as everywhere; the others, in proportion to their weights, for the student.
+    """
+    if name != "student":
+        return mix(student, {n: v for n, v in voices.items() if n != name}, mixture)
+    weights = {n: getattr(mixture, n) * found for n, (_, found) in voices.items()}
+    total = sum(weights.values(), np.zeros((len(student), 1)))
+    added = sum((w * scale(voices[n][0]) for n, w in weights.items()), np.zeros(student.shape))
+    share = sum(getattr(mixture, n) for n in NAMES) / np.where(total > 0, total, np.nan)
+    return answers_of(added * share)
 
 
 def scale(answers: np.ndarray) -> np.ndarray:
