@@ -6,9 +6,10 @@ The sections live beside the stages they configure; this module only puts them t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -17,6 +18,7 @@ from retrikt_ray.index.build import IndexConfig
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.report.evaluate import EvaluateConfig
 from retrikt_ray.runtime.folders import PACKAGED
+from retrikt_ray.runtime.nodes import ClusterConfig
 from retrikt_ray.runtime.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.store.annotate import AnnotateConfig
 from retrikt_ray.store.generate import GenerateConfig
@@ -40,6 +42,7 @@ class RunConfig(Section):
     distill: DistillConfig = DistillConfig()
     index: IndexConfig = IndexConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -143,8 +146,13 @@ def documentation() -> str:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 inner.append((kind, f"{title}.{name}" if title != TOP else name))
                 continue
-            shown = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            default = yaml.safe_dump(info.default, default_flow_style=True).strip().removesuffix("...").strip()
+            shown = kind.__name__ if isinstance(kind, type) and not get_args(kind) else re.sub(r"[a-z_.]+\.(?=[A-Z])", "", str(kind))
+            default = (
+                yaml.safe_dump(list(info.default) if isinstance(info.default, tuple) else info.default, default_flow_style=True)
+                .strip()
+                .removesuffix("...")
+                .strip()
+            )
             cells = [f"`{name}`", shown.replace("|", "\\|"), f"`{default}`", (info.description or "").replace("|", "\\|")]
             lines.append("| " + " | ".join(cells) + " |")
         for section, path in inner:

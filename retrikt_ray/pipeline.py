@@ -253,7 +253,7 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
                 console.print(f"[dim]{stage.name:<10} done before, skipped[/dim]")
                 continue
             if not connected and stage.name != "prepare":
-                cluster.connect(run.log_file)
+                cluster.connect(run.log_file, run.config.cluster)
                 preflight(run)
                 connected = True
             if force and only:

@@ -6,9 +6,9 @@ Each stage owns its section (a subclass of `Section`) beside its code; `config.p
 from __future__ import annotations
 
 import difflib
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -26,10 +26,35 @@ class Section(BaseModel):
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in self.not_in_fingerprint}
 
 
+class Range(Section):
+    """A number of workers that may change while a stage runs."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.min > self.max:
+            raise ValueError
+        return self
+
+
+def number_or_range(value: Any) -> int | Range:
+    if isinstance(value, Range) or (type(value) is int and value >= 0):
+        return value
+    try:
+        return Range.model_validate(value)
+    except ValidationError:
+        raise ValueError("expected a number, 0 or more, or {min: N, max: M} with 1 <= N <= M") from None
+
+
 class Scaled(Section):
     """How a stage spreads over the cluster. What it writes does not depend on this, so it is not part of a fingerprint."""
 
-    workers: int = Field(0, ge=0, description="Worker processes. 0: one per GPU, or as many as the CPUs allow with two to spare.")
+    workers: Annotated[int | Range, BeforeValidator(number_or_range)] = Field(
+        0,
+        description="Worker processes: N, or {min: N, max: M} to begin with N and take up to M as nodes come and go. 0: one per GPU, or as many as the CPUs allow with two to spare; on a cluster that autoscales, from 1 up to these.",
+    )
     cpus_per_worker: float = Field(0, ge=0, description="CPUs a worker reserves, and its torch threads. 0: chosen by the stage.")
     gpus_per_worker: float = Field(-1, ge=-1, description="GPUs a worker reserves. -1: one where the cluster has GPUs, else none.")
     not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"workers", "cpus_per_worker", "gpus_per_worker"})

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retrikt_ray.runtime.cluster import Workers
+from retrikt_ray.runtime.cluster import Workers, room
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import follow
 
@@ -34,15 +34,17 @@ def launch(
     """
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     filesystem, path = scratch.arrow()
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
-    with follow(label, "steps") as board:
+    count: Any = workers.count if workers.least is None else (workers.least, workers.count)
+    with room(label, workers.cpus, workers.gpus, workers.fewest, workers.count), follow(label, "steps") as board:
         trainer = TorchTrainer(
             loop,
             train_loop_config=config | {"board": board, "threads": workers.threads},
-            scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if workers.gpus else "gloo"),  # figures on the CPU are averaged, too
+            scaling_config=ScalingConfig(num_workers=count, use_gpu=workers.gpus > 0, resources_per_worker=resources),
             run_config=RunConfig(
                 name=name,
                 storage_path=path,
@@ -109,17 +111,19 @@ def run(
     batches: Batches,
     loss_of: Callable[[int, list[int]], tuple[Tensor, str]],
     after: Callable[[int], None] | None = None,
+    together: bool = False,
 ) -> None:
     """Train over `batches` of row numbers, one update each, from where the session starts.
 
     loss_of(step, rows) gives the mean loss of this worker's rows of a batch and a note for the progress, with torch, numpy and random seeded by
-    (seed, step, rank). after(steps): what is done between an update and its checkpoint; `steps` updates are done.
+    (seed, step, rank). after(steps): what is done between an update and its checkpoint; `steps` updates are done. together: loss_of gathers from
+    all workers, so those without rows are asked, too.
     """
     for step in range(session.start, len(batches)):
         rows, note = session.share(batches[step]), ""
         session.set_rate(step)
         seed_everything(session.seed, step, session.rank)
-        if rows:  # a batch may have fewer rows than there are workers
+        if rows or together:  # a batch may have fewer rows than there are workers
             loss, note = loss_of(step, rows)
             loss.backward()
         session.update(len(rows) / len(batches[step]))
@@ -140,6 +144,24 @@ class Solo:
     def share(self, rows: list[int]) -> list[int]:
         """This worker's part of a global batch."""
         return rows[self.rank :: self.world]
+
+    def gather(self, count: int, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (n, k_i) of this worker's rows of a batch of `count` as (count, k_i) of all workers' rows, in the order of the workers.
+
+        Only this worker's rows have gradients: a loss over all rows gives each worker its own rows' part of the gradient, and the sum over the
+        workers is the gradient that one worker would have. float32; a collective.
+        """
+        if self.world == 1:
+            return parts
+        widths = [p.shape[1] for p in parts]
+        own = torch.cat([p.float() for p in parts], 1)
+        padded = own.new_zeros(-(-count // self.world), sum(widths))
+        padded[: len(own)] = own.detach()
+        found = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(found, padded)
+        rows = [found[i][: len(range(i, count, self.world))] for i in range(self.world)]  # as `share` cuts them
+        rows[self.rank] = own
+        return torch.cat(rows).split(widths, 1)
 
     def set_rate(self, step: int) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):

@@ -96,14 +96,21 @@ def fit(
             for k, v in model.state_dict().items():
                 best[k].copy_(v)
 
-    training.run(session, batches, distillation(student, rows, config), keep_best)
+    loss_of = distillation(student, rows, config, session, lambda step: len(batches[step]))
+    training.run(session, batches, loss_of, keep_best, together=True)
     model.load_state_dict(best)
     model.eval()
     return session
 
 
-def distillation(student: Student, rows: Rows | StoreRows, config: DistillConfig) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
-    """The loss of some of the rows, as `training.run` asks for it."""
+def distillation(
+    student: Student, rows: Rows | StoreRows, config: DistillConfig, session: Solo, count_of: Callable[[int], int]
+) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
+    """The loss of some of the rows, as `training.run` asks for it. count_of(step): rows of the whole batch.
+
+    Relation and retrieval are losses of the whole batch: the vectors of all workers are gathered, since a worker's share of a batch may be two
+    rows, which say nothing of each other. Their sum over the workers is what one worker would have (to the order of sums).
+    """
     import torch
     from torch.nn.functional import cross_entropy, mse_loss
 
@@ -116,26 +123,36 @@ def distillation(student: Student, rows: Rows | StoreRows, config: DistillConfig
         """As the student's outputs are."""
         return (values.to(device) - model.shift) / model.scale if regression else values.to(device)
 
-    def loss_of(_: int, index: list[int]) -> tuple[torch.Tensor, str]:
+    def loss_of(step: int, index: list[int]) -> tuple[torch.Tensor, str]:
         model.train()
-        part = rows.take(index)
+        part, count = rows.take(index), count_of(step)
         teacher, truth = standardised(part.teacher), standardised(part.truth)
-        inputs = student.tensors(part.texts)
-        if model.kind.token_dropout and config.token_dropout:
-            for name in [n for n in inputs if n.endswith("mask")]:
-                inputs[name] = inputs[name] * (torch.rand(inputs[name].shape, device=device) >= config.token_dropout)
-        logits, vectors = model(**inputs)
-        loss = config.kd * losses.kd(logits, teacher)
-        if len(index) > 1 and config.retrieval:
-            loss = loss + config.retrieval * losses.retrieval(vectors, teacher, config.tau)
-        if len(index) > 1 and config.relation and part.embeddings is not None:
-            loss = loss + config.relation * losses.relation(vectors, part.embeddings.to(device), config.tau)
+        if not index:  # there are fewer rows than workers; what the others gather needs an answer all the same
+            logits, vectors = torch.zeros(0, model.config.outputs, device=device), torch.zeros(0, model.head.in_features, device=device)
+        else:
+            inputs = student.tensors(part.texts)
+            if model.kind.token_dropout and config.token_dropout:
+                for name in [n for n in inputs if n.endswith("mask")]:
+                    inputs[name] = inputs[name] * (torch.rand(inputs[name].shape, device=device) >= config.token_dropout)
+            logits, vectors = model(**inputs)
+        gathered = [vectors, teacher] + ([] if part.embeddings is None else [part.embeddings.to(device)])
+        everyone = session.gather(count, *gathered) if count > 1 and (config.retrieval or config.relation) else ()
+        if not index:
+            return torch.zeros((), device=device, requires_grad=True), ""
+        times = count / len(index)  # a worker's gradient counts by its share of the rows; a loss of the whole batch has to count once
+        loss, whole = config.kd * losses.kd(logits, teacher), torch.zeros(())
+        if everyone and config.retrieval:
+            whole = config.retrieval * losses.retrieval(everyone[0], everyone[1], config.tau)
+            loss = loss + times * whole
+        if len(everyone) > 2 and config.relation:
+            relation = config.relation * losses.relation(everyone[0], everyone[2], config.tau)
+            loss, whole = loss + times * relation, whole + relation
         known = ~torch.isnan(truth)
         if config.labels and known.any():
             target = truth[known]
             own = mse_loss(logits[known][:, 0], target) if regression else cross_entropy(logits[known], target.long())
             loss = loss + config.labels * known.float().mean() * own
-        return loss, f"loss {loss.item():.3f}"
+        return loss, f"loss {loss.item() - (times - 1) * whole.item():.3f}"
 
     return loss_of
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from making.tiny_run import TEXTS, make_run, make_student
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from torch.testing import assert_close
 
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.student import fit as fitting
@@ -33,7 +37,8 @@ def rows(truth: bool = True) -> Rows:
 
 
 def loss_of(student: Student, some: Rows, index: list[int], **keys: float) -> float:
-    loss, _ = distillation(student, some, DistillConfig(**(NOTHING | keys)))(0, index)
+    alone = Solo(torch.optim.SGD(student.model.parameters(), 0.1), 1, 0)
+    loss, _ = distillation(student, some, DistillConfig(**(NOTHING | keys)), alone, lambda _: len(index))(0, index)
     return loss.item()
 
 
@@ -149,3 +154,14 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(monkeypatch: 
     assert torch.equal(students[0], students[1]) and not torch.equal(students[0], students[2])
     same = students[0].argmax(1) == some.teacher.argmax(1)
     assert same.float().mean() >= 0.75  # it has learnt what the teacher says, but for what a bag of words cannot: "never dull"
+
+
+def test_any_number_of_workers_learns_what_one_does(tmp_path: Path) -> None:
+    """Relation and retrieval are losses of the whole batch, though a worker of four sees one to three of its rows, or none."""
+    script = Path(__file__).resolve().parents[1] / "making" / "distil_workers.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path), "1", "2", "4"], check=True, timeout=120)
+    one, two, four, plain = (load_file(tmp_path / f"{name}.safetensors") for name in ("1", "2", "4", "plain"))
+    for name, weights in one.items():
+        assert_close(two[name], weights, rtol=1e-4, atol=1e-6)
+        assert_close(four[name], weights, rtol=1e-4, atol=1e-6)
+    assert max((plain[name] - one[name]).abs().max().item() for name in one) > 1e-3  # without the two losses: far away
