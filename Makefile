@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency bench-serve \
   bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale clean
 
 help: ## This list
@@ -91,6 +91,9 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (4 minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
+
+bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
+	$(BIN)/python -m jobs.bench_serve $(RUN)
 
 bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders, 30 SIGKILLs while generating
 	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py tests/store/test_faults.py
