@@ -7,8 +7,8 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-latency \
-  bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale clean
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency \
+  bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -67,8 +67,15 @@ $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours). BENCH="seeds=[0]": a part
 	$(BIN)/python -m jobs.bench $(BENCH)
 
+bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-batched generate; prefixes of 150 classes
+	$(BIN)/python -m jobs.bench_generate speed
+	$(BIN)/python -m jobs.bench_generate prefixes
+
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
+
+bench-duplicates: install ## Time and memory of the search for near duplicates and leakage, 10k and 100k made-up rows
+	$(BIN)/python -m jobs.bench_duplicates
 
 bench-index-build: install-bench $(VENV)-autofaiss/.done ## Index of 1M vectors: ours, plain faiss, autofaiss
 	$(BIN)/python -m jobs.bench_index build
@@ -85,8 +92,8 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (4 minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
 
-bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders
-	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py
+bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders, 30 SIGKILLs while generating
+	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py tests/store/test_faults.py
 
 clean: ## Remove the environment and the runs
 	rm -rf $(VENV) $(VENV)-autofaiss runs

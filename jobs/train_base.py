@@ -62,7 +62,7 @@ def loop(config: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from retrikt_ray.teacher.lm import pick_device
+    from retrikt_ray.teacher.base import pick_device
 
     folder, device = Path(config["out"]), pick_device()
     windows, held_out = np.load(folder / "windows.npy", mmap_mode="r"), np.load(folder / "held_out.npy")

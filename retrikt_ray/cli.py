@@ -68,6 +68,7 @@ def finish(run: Any) -> None:
     """The summary of a finished run: the table, the report, and what to do next."""
     from rich.markup import escape
 
+    from retrikt_ray.estimate.estimate import afterwards
     from retrikt_ray.report.table import as_table
     from retrikt_ray.runtime.progress import console
 
@@ -76,6 +77,8 @@ def finish(run: Any) -> None:
     console.print(f"store: {store['kept']:,} rows kept of {store['by_source']}, rejected {store['rejected'] or 'none'}")
     for advice in run.report["advice"]:
         console.print(f"[yellow]note[/yellow]   {escape(advice['text'])}")
+    if told := afterwards(run):
+        console.print(told)
     console.print(f"report: {run.artifact('report')}/report.html")
     console.print(f"serve:  retrikt serve {run.folder}")
 
@@ -113,6 +116,18 @@ def quickstart(overrides: tuple[str, ...], out: str) -> None:
     from retrikt_ray import pipeline
 
     finish(pipeline.run(None, out, overrides))
+
+
+@main.command("estimate")
+@click.argument("arguments", nargs=-1, metavar="[CONFIG] [key=value]...")
+@click.option("--out", help="Run directory or URI. Default: runs/<name of the config>.")
+def estimate_command(arguments: tuple[str, ...], out: str | None) -> None:
+    """Tell time, tokens and money of a run, from a small run of its stages."""
+    from retrikt_ray import config
+    from retrikt_ray.estimate.estimate import estimate, show
+
+    path, overrides = split_arguments(arguments)
+    show(estimate(config.load(path, overrides), out or default_out(path)))
 
 
 @main.command()

@@ -8,14 +8,15 @@ answer.labels, answer.scores, answer.neighbours
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from retrikt_ray.index.mixture import Mixture, Voice, Votes, mix, voices_of
+from retrikt_ray.index.mixture import NAMES, Mixture, Voice, Votes, mix, voices_of, without
 from retrikt_ray.index.ngrams import Spoken
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Hits, Neighbour, Opener, Places, View
@@ -45,6 +46,7 @@ class Prediction:
     lexical: Hits | None  # the rows that share most words
     voices: dict[str, Voice]  # what spoke beside the student: dense, lexical, ngrams
     view: View  # of the knowledge that answered
+    mixture: Mixture  # that made answers of them
 
     @property
     def labels(self) -> list[str]:
@@ -77,7 +79,33 @@ class Prediction:
         """Of the texts low .. high - 1."""
         dense, lexical = (h and h.part(low, high) for h in (self.dense, self.lexical))
         voices = {name: (said[low:high], found[low:high]) for name, (said, found) in self.voices.items()}
-        return Prediction(self.texts[low:high], self.answers[low:high], self.student[low:high], dense, lexical, voices, self.view)
+        texts, answers, student = self.texts[low:high], self.answers[low:high], self.student[low:high]
+        return Prediction(texts, answers, student, dense, lexical, voices, self.view, self.mixture)
+
+    @property
+    def without_voices(self) -> dict[str, np.ndarray]:
+        """(Q, C) answers as they would be without each voice that was asked; NaN where nothing is left."""
+        asked = [name for name in NAMES if name == "student" or name in self.voices]
+        return {name: without(name, self.student, self.voices, self.mixture) for name in asked}
+
+    def without_rows(self, i: int) -> dict[str, np.ndarray]:
+        """(C,) answers to text i as they would be if one row that was found had no vote, by the row's id. What else spoke stays as it was."""
+        sides = [h for h in (self.dense, self.lexical) if h is not None]
+        rows = np.unique(np.concatenate([h.positions[i][h.positions[i] >= 0] for h in sides])) if sides else np.zeros(0, np.int64)
+        if not len(rows):
+            return {}
+
+        def votes(hits: Hits | None) -> Votes | None:
+            if hits is None:
+                return None
+            scores = np.where(hits.positions[i] == rows[:, None], -np.inf, hits.scores[i])  # (R, k): a row's own vote taken out
+            return Votes(scores, np.broadcast_to(hits.labels[i], (len(rows), *hits.labels[i].shape)))
+
+        said = self.voices.get("ngrams")
+        ngrams = said and (np.repeat(said[0][i : i + 1], len(rows), 0), np.repeat(said[1][i : i + 1], len(rows), 0))
+        voices = voices_of(votes(self.dense), votes(self.lexical), ngrams, self.mixture)
+        answers = mix(np.repeat(self.student[i : i + 1], len(rows), 0), voices, self.mixture)
+        return dict(zip(self.view.ids.take(pa.array(rows)).to_pylist(), answers, strict=True))
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -136,15 +164,26 @@ class Predictor:
         """
         return self.answer(read_texts(texts, self.task.pair), evidence)
 
-    def answer(self, texts: Sequence[Text], evidence: bool = True) -> Prediction:
-        """As `predict`, for Q texts that were read already."""
-        texts, view, m = list(texts), self.knowledge.view, self.mixture
+    def answer(
+        self, texts: Sequence[Text], evidence: bool = True, view: View | None = None, clock: Callable[[str], None] = lambda phase: None
+    ) -> Prediction:
+        """As `predict`, for Q texts that were read already.
+
+        view: of the knowledge to answer from, default: today's; clock: called with the name of each phase when it has ended.
+        """
+        texts, view, m = list(texts), view or self.knowledge.view, self.mixture
         answers, vectors = (x.numpy() for x in self.student.encode(texts))
+        clock("encode")
         dense = view.search(vectors, m.k) if m.dense or evidence else None
+        clock("dense")
         lexical = view.search_words(texts, m.lexical_k) if m.lexical or evidence else None
+        clock("lexical")
         ngrams = view.ngrams.answers(texts) if m.ngrams or evidence else None
+        clock("ngrams")
         voices = voices_of(votes_of(dense), votes_of(lexical), ngrams, m)
-        return Prediction(texts, mix(answers, voices, m), answers, dense, lexical, voices, view)
+        mixed = mix(answers, voices, m)
+        clock("mix")
+        return Prediction(texts, mixed, answers, dense, lexical, voices, view, m)
 
     def retrieve(self, texts: Sequence[Text], k: int, **where: str | None) -> Hits:
         """The k nearest rows of each text that was read already; label=, source=: only such rows."""

@@ -171,3 +171,31 @@ def export(run: str, out: str) -> None:
     head, _, name = out.rpartition("/")
     Folder.at(head or ".").write_bytes(name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode())
     console.print(f"{len(rows):,} added rows in {out}", markup=False)
+
+
+@store.command()
+@click.argument("run", metavar="RUN")
+@click.option("--seed", type=int, help="Draws the rows that are shown; default: the run's.")
+def card(run: str, seed: int | None) -> None:
+    """What is in the store as `annotate` wrote it: figures by source and class, and rows at random. Edits do not count."""
+    from retrikt_ray import pipeline
+    from retrikt_ray.runtime import artifacts
+    from retrikt_ray.runtime.progress import console
+    from retrikt_ray.store.card import store_card, tables
+    from retrikt_ray.task.card import Task
+    from retrikt_ray.task.texts import shown
+
+    opened_run = pipeline.load_run(run)
+    folders = {name: opened_run.artifact(name) for name in ("task", "store", "rejected")}
+    for folder in folders.values():
+        artifacts.check(folder)
+    found = store_card(folders["store"], folders["rejected"], Task.read(folders["task"]), opened_run.config.seed if seed is None else seed)
+    for table in tables(found):
+        console.print(table)
+    for row in found["rows"]:
+        asked = f"asked {row['asked']}, " if row["asked"] else ""
+        console.print(
+            f"{row['id']}  {asked}teacher {row['label']} {row['score']:.2f}: {shown((row['text'], row['text_pair']))}", markup=False
+        )
+    for row in found["rejected_rows"]:
+        console.print(f"{row['id']}  {row['reason']}: {shown((row['text'], row['text_pair']))}", markup=False)

@@ -30,10 +30,24 @@ MAY_IMPORT = {  # beside itself; a module of the top level is a place of its own
     "config": ("runtime", "task", "teacher", "policy", "store", "student", "index", "report"),
     "bench": (*BELOW, "store", "student", "index", "knowledge", "report", "config", "pipeline"),
     "export": (*BELOW, "student", "index", "knowledge", "predictor", "report", "__init__"),
+    "estimate": ("runtime", "student", "config", "pipeline"),
     "pipeline": ("runtime", "task", "config", "report"),
     "__init__": ("config", "pipeline", "predictor", "knowledge"),  # the public face
-    "store_cli": ("runtime", "task", "index", "knowledge", "predictor", "pipeline"),
-    "cli": ("runtime", "task", "report", "predictor", "serving", "config", "pipeline", "bench", "export", "store_cli", "__init__"),
+    "store_cli": ("runtime", "task", "store", "index", "knowledge", "predictor", "pipeline"),
+    "cli": (
+        "runtime",
+        "task",
+        "report",
+        "predictor",
+        "serving",
+        "config",
+        "pipeline",
+        "bench",
+        "estimate",
+        "export",
+        "store_cli",
+        "__init__",
+    ),
     "__main__": ("cli",),
 }
 MODULES = {path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", "."): path for path in sorted(PACKAGE.rglob("*.py"))}

@@ -42,6 +42,8 @@ def test_report_has_the_contract(run: pipeline.Run) -> None:
     assert set(report["store"]) >= {"generated", "kept", "rejected"}
     store = report["store"]
     assert store["kept"] + sum(store["rejected"].values()) == 24 + 12 + 48  # task rows, unlabelled rows, generated rows
+    assert {row["source"] for row in store["rows"]} == {"generated"} and len(store["rows"]) == min(20, store["by_source"]["generated"])
+    assert set(store["off_task"]) == set(store["variety"]) == {"task", "unlabelled", "generated"}
     assert len(report["rl"]["steps"]) == 2 and {"fidelity", "diversity", "novelty", "domain", "fluency", "length"} <= set(
         report["rl"]["terms"]
     )
@@ -74,14 +76,20 @@ def test_a_changed_config_makes_its_stage_stale_and_scale_does_not(run: pipeline
     assert scaled.status(pipeline.BY_NAME["generate"]) == "done"
 
 
-def test_one_and_two_workers_generate_the_same_bytes(run: pipeline.Run, tmp_path: Path) -> None:
+def test_one_and_two_workers_make_the_same_store(run: pipeline.Run, tmp_path: Path) -> None:
     other = copied(run, tmp_path / "one", keep=("task", "teacher", "policy"))
-    other = pipeline.Run(other.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 1})}))
+    other = pipeline.Run(
+        other.folder,
+        run.config.model_copy(update={s: getattr(run.config, s).model_copy(update={"workers": 1}) for s in ("generate", "annotate")}),
+    )
     pipeline.run_all(other, only="generate")
     two, one = run.artifact("generated"), other.artifact("generated")
     names = [n for n in two.files() if n.endswith(".parquet")]
     assert len(names) == 6 and names == [n for n in one.files() if n.endswith(".parquet")]
     assert all(two.read_bytes(n) == one.read_bytes(n) for n in names)
+    pipeline.run_all(other, only="annotate")
+    for name in ("store", "rejected"):
+        assert other.artifact(name).read_tables().equals(run.artifact(name).read_tables())
 
 
 def test_the_python_of_the_texts_runs(run: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,13 @@ from tokenizers import Tokenizer
 
 FLOOR = 0.02  # of a voice's probability that is spread over all classes before voices are multiplied
 K1, B = 1.5, 0.75  # of BM25
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts counted by character
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+# Scripts without spaces between words, counted by character: as in retrikt_ray/task/words.py.
+UNSPACED = (
+    "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\ua9e0-\ua9ff\uaa60-\uaadf\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+)
+WORD = rf"[{UNSPACED}]|[^\W{UNSPACED}]+"
+MARKED = re.compile(rf"{WORD}|[^\w\s]")  # words and marks
 BETWEEN = "\x1f"
 SHOWN = 5
 
@@ -124,7 +129,7 @@ class Model:
 
     def spoken(self, text: Any) -> Any:
         """(n-gram, its place in the table) of a text's n-grams that are known."""
-        words = WORD.findall(text[0].lower()) + ([BETWEEN, *WORD.findall(text[1].lower())] if text[1] else [])
+        words = MARKED.findall(text[0].lower()) + ([BETWEEN, *MARKED.findall(text[1].lower())] if text[1] else [])
         keys = np.array([int.from_bytes(blake2b(w.encode(), digest_size=8).digest(), "little") for w in words], np.uint64)
         first, second = keys[:-1], keys[1:]
         mixed = first * np.uint64(0x9E3779B97F4A7C15) + second
@@ -185,7 +190,7 @@ class Model:
 
 
 def plain_words(text: Any) -> Any:
-    return re.findall(r"\b\w+\b", " ".join(part for part in text if part).lower())
+    return re.findall(WORD, " ".join(part for part in text if part).lower())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from retrikt_ray.index.search import merge
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.texts import Text, joined
+from retrikt_ray.task.words import WORD
 
 K1, B = 1.5, 0.75
 ARRAYS = ("words", "starts", "rows", "counts", "lengths")  # of postings, on the disk
@@ -31,9 +32,7 @@ def counted(texts: list[Text]) -> Any:
     """Word counts (n, BUCKETS), a sparse matrix. Both texts of a pair count as one."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    words = HashingVectorizer(
-        n_features=BUCKETS, alternate_sign=False, norm=None, token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 1), dtype=np.float32
-    )
+    words = HashingVectorizer(n_features=BUCKETS, alternate_sign=False, norm=None, token_pattern=WORD, ngram_range=(1, 1), dtype=np.float32)
     return words.transform([joined(text, " ") for text in texts])
 
 

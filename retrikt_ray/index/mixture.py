@@ -20,7 +20,7 @@ KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
 NAMES = ("student", "dense", "lexical", "ngrams")
-DOUBT = {"lexical": 3.0}  # standard errors that a voice must gain, else 1: BM25 takes longer than everything else in an answer
+DOUBT = {"lexical": 3.0, "dense": 3.0}  # standard errors that a voice must gain, else 1: these two take longer than all else in an answer
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def vote(scores: np.ndarray, labels: np.ndarray, tau: float) -> np.ndarray:
 def cast(votes: Votes, k: int, tau: float) -> Voice:
     """The vote of the first k neighbours."""
     k = min(k, votes.scores.shape[1])
-    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :1]).astype(np.float64)
+    return vote(votes.scores[:, :k], votes.labels[:, :k], tau), np.isfinite(votes.scores[:, :k]).any(1, keepdims=True).astype(np.float64)
 
 
 def voices_of(dense: Votes | None, lexical: Votes | None, ngrams: Voice | None, mixture: Mixture) -> dict[str, Voice]:
@@ -86,6 +86,20 @@ def mix(student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.n
     return answers_of(answers + left * own)
 
 
+def without(name: str, student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.ndarray:
+    """(Q, C) answers as they would be if one voice had not spoken; NaN where nothing is left.
+
+    The student stands in for another voice, as everywhere; the others, in proportion to their weights, for the student.
+    """
+    if name != "student":
+        return mix(student, {n: v for n, v in voices.items() if n != name}, mixture)
+    weights = {n: getattr(mixture, n) * found for n, (_, found) in voices.items()}
+    total = sum(weights.values(), np.zeros((len(student), 1)))
+    added = sum((w * scale(voices[n][0]) for n, w in weights.items()), np.zeros(student.shape))
+    share = sum(getattr(mixture, n) for n in NAMES) / np.where(total > 0, total, np.nan)
+    return answers_of(added * share)
+
+
 def scale(answers: np.ndarray) -> np.ndarray:
     """What is added up: log-probabilities, or values where there is one output. `answers_of` is the way back."""
     return answers if answers.shape[-1] == 1 else np.log((1 - FLOOR) * answers + FLOOR / answers.shape[-1])
@@ -96,8 +110,8 @@ def fit_mixture(
 ) -> Mixture:
     """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values; names: who may speak.
 
-    k and tau of each side are those whose vote alone has the smallest loss. Then the best voice is taken, and others are added, the one that
-    lowers the loss most first, as long as the gain pays.
+    k and tau of each side are those whose vote alone has the smallest loss. Then the best of the quick voices is taken, and others are added, the
+    one that lowers the loss most first, as long as the gain pays.
     """
     dense_k, dense_tau = best_vote(targets, dense, TAUS)
     lexical_k, lexical_tau = best_vote(targets, lexical, LEXICAL_TAUS)
@@ -113,7 +127,10 @@ def fit_mixture(
     best, loss = ALONE, np.zeros(0)
     while left := [name for name in names if name not in chosen]:
         trials = {name: tried((*chosen, name)) for name in left}
-        if chosen:
+        if not chosen:  # a slow voice has to pay against the best of the quick ones
+            first = min([name for name in left if name not in DOUBT] or left, key=lambda n: float(trials[n][1].mean()))
+            left = [name for name in left if name == first or pays(name, trials[first][1] - trials[name][1])]
+        else:
             left = [name for name in left if pays(name, loss - trials[name][1])]
         if not left:
             break

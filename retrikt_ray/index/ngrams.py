@@ -23,12 +23,11 @@ from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.metrics import answers_of
 from retrikt_ray.task.texts import Text
+from retrikt_ray.task.words import WORD
 
 FILE = "ngrams.arrow"
 ARRAYS = ("keys", "idf", "scales", "starts", "classes", "steps", "bias")  # of a table, on the disk
-# Scripts that are written without spaces count by the character: Thai to Myanmar, Khmer, kana, Han.
-UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+MARKED = re.compile(rf"{WORD}|[^\w\s]")  # words and marks
 BETWEEN = "\x1f"  # stands between the texts of a pair
 SMALLEST = 1 / 64  # weights below this share of their n-gram's largest are left out
 STEPS = 127  # of a quantised weight, to either side
@@ -45,7 +44,7 @@ class Spoken:
 def words_of(text: Text) -> list[str]:
     """Words and marks of a text in lower case, in order."""
     first, second = text
-    return WORD.findall(first.lower()) + ([BETWEEN, *WORD.findall(second.lower())] if second else [])
+    return MARKED.findall(first.lower()) + ([BETWEEN, *MARKED.findall(second.lower())] if second else [])
 
 
 @lru_cache(maxsize=2**17)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -18,6 +18,37 @@ from retrikt_ray.runtime.tables import Source
 from retrikt_ray.task.texts import TEXT_COLUMNS
 
 
+class UnknownRow(ConfigError):
+    """No row has an id."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an edit did."""
+
+    ids: list[str]  # of rows that were added or put in place of others
+    positions: list[int]  # that were deleted
+    before: list[dict[str, Any]]  # the rows that were there, in the form that `put` takes: putting them back undoes the edit
+    version: int = 0  # of the knowledge after it
+
+    def at(self, version: int) -> Change:
+        return replace(self, version=version)
+
+
+def replacement(view: View, fresh: list[dict[str, Any]]) -> Change:
+    """What putting these rows does: those of their ids go."""
+    ids = [str(row["id"]) for row in fresh]
+    found = view.find(ids)
+    return replace(removal(view, [found[i] for i in ids if i in found]), ids=ids)
+
+
+def removal(view: View, positions: list[int]) -> Change:
+    """What deleting these rows does."""
+    rows = [view.row(p) for p in positions]
+    keys = ("id", "text", "text_pair", "teacher_probs")
+    return Change([], positions, [{k: row[k] for k in keys if row[k] is not None} for row in rows])
+
+
 def listed(rows: Any) -> list[Any]:
     """Rows as a list of objects: one row or several, a row being an object, a text, or a pair of texts."""
     named = (dict(zip(TEXT_COLUMNS, r, strict=False)) if isinstance(r, tuple) else {"text": r} if isinstance(r, str) else r for r in rows)
@@ -25,11 +56,11 @@ def listed(rows: Any) -> list[Any]:
 
 
 def positions_of(view: View, ids: list[str], run: Folder) -> list[int]:
-    """Positions of live rows. Raises ConfigError that names the id that no row has."""
+    """Positions of live rows. Raises UnknownRow that names the id that no row has."""
     found = view.find(ids)
     missing = [i for i in ids if i not in found]
     if missing:
-        raise ConfigError(f"{run} has no row with the id {missing[0]!r}" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
+        raise UnknownRow(f"{run} has no row with the id {missing[0]!r}" + (f" (and {len(missing) - 1} more)" if missing[1:] else ""))
     return [found[i] for i in ids]
 
 
@@ -48,6 +79,8 @@ def labelled(run: Folder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if asked:
         from retrikt_ray.teacher.annotator import Annotator
 
+        if not (run / "teacher").files():
+            raise ConfigError(f"row {asked[0] + 1}: there is no label, and {run} has no teacher that could give one")
         check(run / "teacher", deep=True)
         probs, embeddings = Annotator.load(run / "teacher").annotate([(rows[i]["text"], rows[i]["text_pair"]) for i in asked], 64)
         for i, p, e in zip(asked, probs.tolist(), embeddings.tolist(), strict=True):
@@ -55,30 +88,35 @@ def labelled(run: Folder, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def write(view: View, run: Folder, student: str, threads: int, fresh: list[dict[str, Any]], gone: list[int]) -> Log:
-    """Log rows and deletions over a view. student: digest of the one that is open. Under `writing`, the view being of the log as it is now.
-
-    1. The edit, in memory.  2. Write it.
-    """
-    folder = run / "knowledge"
-    # 1. the edit
+def table(view: View, run: Folder, student: str, threads: int, fresh: list[dict[str, Any]], gone: list[int]) -> pa.Table:
+    """The edit that adds rows and deletes positions, over a view. student: digest of the one that is open."""
     if check(run / "student", deep=True).content != student:
         raise ArtifactError(f"{run}/student was made anew since this process opened it: start the process again")
-    log = view.log or Log(0, None, view.base.contents, view.base.contents["store"])
     width, first = view.base.card["width"], view.rows.num_rows
     schema = edit_schema(Source.of(view.base.store).schema, width)
     labels = labelled(run, fresh)
     texts = pa.table({name: pa.array([row[name] for row in labels], pa.string()) for name in TEXT_COLUMNS})
     vectors = StudentVectors(run / "student", width, threads).of(texts)
-    origin = {"deleted": False, "source": "added", "created_by": f"edit-{log.version + 1:06d}"}
+    origin = {"deleted": False, "source": "added", "created_by": f"edit-{view.version + 1:06d}"}
     records: list[dict[str, Any]] = [{"deleted": True, "position": p} for p in gone]
     records += [row | origin | {"position": first + i, "vector": v} for i, (row, v) in enumerate(zip(labels, vectors, strict=True))]
-    table = pa.Table.from_pylist([{name: r.get(name) for name in schema.names} for r in records], schema=schema)
+    return pa.Table.from_pylist([{name: r.get(name) for name in schema.names} for r in records], schema=schema)
+
+
+def write(view: View, run: Folder, student: str, threads: int, fresh: list[dict[str, Any]], gone: list[int]) -> Log:
+    """Log rows and deletions over a view. Under `writing`, the view being of the log as it is now.
+
+    1. The edit, in memory.  2. Write it.
+    """
+    folder = run / "knowledge"
+    # 1. the edit
+    log = view.log or Log(0, None, view.base.contents, view.base.contents["store"])
+    rows = table(view, run, student, threads, fresh, gone)
     # 2. write
     if view.log is None:
         folder.write_sealed(MANIFEST, asdict(log))  # from now on a folder without manifest is a damaged one
     sweep(folder, log)
-    return append(folder, log, table)
+    return append(folder, log, rows)
 
 
 def added_rows(run: Folder) -> list[dict[str, Any]]:

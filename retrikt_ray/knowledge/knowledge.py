@@ -11,7 +11,10 @@ its text, so that a call that is repeated after a crash does not add a row twice
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from retrikt_ray.index.search import Searcher
@@ -30,8 +33,12 @@ TRIES = 5  # to read a log that others go on changing
 REMOTE_PAUSE_S = 2.0  # between two looks at the log of a run that is not on a local disk
 
 
+class VersionError(ConfigError):
+    """The knowledge is not of the version that an edit was made for."""
+
+
 class Knowledge:
-    """`view` is the state that searches are answered from; `refresh` swaps it, at once, for the newest."""
+    """`view` is the state that searches are answered from; `refresh` swaps it, at once, for the newest. Threads may share it."""
 
     view: View
 
@@ -48,6 +55,7 @@ class Knowledge:
         self.signature: Any = None  # of the log that the view was read from
         self.current = False  # the view is of that log; else reading it failed, and the next look tries again
         self.looked = 0.0
+        self.lock = threading.RLock()  # held by who reads the log; hold it where a view must not lose its searcher to a new base
         self.follow()
 
     @staticmethod
@@ -85,8 +93,11 @@ class Knowledge:
         self.looked = time.monotonic()
         if self.current and self.now() == self.signature:
             return False
-        self.current = False
-        self.follow()
+        with self.lock:
+            if self.current and self.now() == self.signature:  # another thread was first
+                return True
+            self.current = False
+            self.follow()
         return True
 
     def follow(self) -> None:
@@ -125,11 +136,20 @@ class Knowledge:
         fresh = checked(edit.listed(rows), self.task)
         if not fresh:
             raise ConfigError("no rows to add")
-        with writing(self.editable()):
-            self.refresh(at_once=True)
+        with self.editing():
             edit.refuse_known(self.view, fresh, self.editable())
             self.write(fresh, [])
         return [str(r["id"]) for r in fresh]
+
+    def put(self, rows: Any, version: int | None = None) -> edit.Change:
+        """Add rows as `add` does, in place of those that have their ids. version: the one that this is meant for, else VersionError."""
+        fresh = checked(edit.listed(rows), self.task)
+        if not fresh:
+            raise ConfigError("no rows to put")
+        with self.editing(version):
+            change = edit.replacement(self.view, fresh)
+            self.write(fresh, change.positions)
+            return change.at(self.view.version)
 
     def update(self, rows: Any) -> list[str]:
         """Change rows {id, text?, text_pair?, label? | teacher_probs?}; a changed text without a label gets the teacher's. Ids stay."""
@@ -139,30 +159,50 @@ class Knowledge:
                 raise ConfigError(f"row {i + 1}: found no id; update takes rows with the id of what they change")
         if not rows:
             raise ConfigError("no rows to update")
-        with writing(self.editable()):
-            self.refresh(at_once=True)
+        with self.editing():
             positions = edit.positions_of(self.view, [r["id"] for r in rows], self.editable())
             fresh = checked(rows, self.task, [self.view.row(p) for p in positions])
             self.write(fresh, positions)
         return [str(r["id"]) for r in fresh]
 
-    def delete(self, ids: str | list[str]) -> None:
-        """Delete rows by id."""
+    def delete(self, ids: str | list[str], version: int | None = None) -> edit.Change:
+        """Delete rows by id, all or none. version: as for `put`."""
         ids = [ids] if isinstance(ids, str) else ids
         if not ids:
             raise ConfigError("no ids to delete")
-        with writing(self.editable()):
-            self.refresh(at_once=True)
+        with self.editing(version):
             positions = edit.positions_of(self.view, list(dict.fromkeys(ids)), self.editable())
             if len(positions) == self.count:
                 raise ConfigError(f"this would delete all {self.count} rows of {self.places.run}; a store keeps one at least")
+            change = edit.removal(self.view, positions)
             self.write([], positions)
+            return change.at(self.view.version)
+
+    def preview(self, rows: Any, ids: list[str]) -> tuple[View, View]:
+        """The view as it is, and as it would be with these rows put and these ids deleted. Nothing is written."""
+        with self.editing():  # the files of the log stay while they are read
+            view, fresh = self.view, checked(edit.listed(rows), self.task)
+            positions = edit.positions_of(view, list(dict.fromkeys(ids)), self.editable()) if ids else []
+            gone = sorted({*positions, *edit.replacement(view, fresh).positions})
+            if len(gone) == view.count and not fresh:
+                raise ConfigError(f"this would delete all {view.count} rows of {self.places.run}; a store keeps one at least")
+            more = edit.table(view, self.editable(), self.student, self.threads, fresh, gone)
+            return view, View.over(self.task, view.base, view.log, self.places, self.threads, more)
 
     def compact(self, workers: Workers | None = None) -> bool:
         """Fold the edits into a new base; answers stay the same. True when there was something to fold. workers None: in this process."""
         after = compact(self.editable(), workers)
         self.refresh(at_once=True)
         return after is not None
+
+    @contextmanager
+    def editing(self, version: int | None = None) -> Iterator[None]:
+        """Hold the right to edit, with the view being the newest. Raises VersionError where that is not of the version."""
+        with writing(self.editable()):
+            self.refresh(at_once=True)
+            if version is not None and version != self.view.version:
+                raise VersionError(f"the knowledge is of version {self.view.version}, the edit was made for {version}")
+            yield
 
     def editable(self) -> Folder:
         """The run directory. Raises ConfigError where this knowledge was opened without its edits."""
@@ -171,6 +211,6 @@ class Knowledge:
         return self.places.run
 
     def write(self, fresh: list[dict[str, Any]], gone: list[int]) -> None:
-        """Log rows and deletions, and take over the result. Under `writing`, after `refresh`."""
+        """Log rows and deletions, and take over the result. Under `editing`."""
         edit.write(self.view, self.editable(), self.student, self.threads, fresh, gone)
         self.refresh(at_once=True)

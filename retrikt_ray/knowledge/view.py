@@ -26,7 +26,7 @@ from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.runtime.tables import matrix
 from retrikt_ray.store.rows import VIEWED
 from retrikt_ray.task.card import Task
-from retrikt_ray.task.texts import Text, texts_of
+from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
 Opener = Callable[[Folder, int], Search]  # (index, threads) -> who answers dense queries
 
@@ -143,9 +143,10 @@ class View:
     masks: dict[tuple[str | None, str | None], np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)  # see `allowed`
 
     @staticmethod
-    def over(task: Task, base: Base, log: Log | None, places: Places, threads: int) -> View:
-        """Read the edits of a log over their base."""
+    def over(task: Task, base: Base, log: Log | None, places: Places, threads: int, more: pa.Table | None = None) -> View:
+        """Read the edits of a log over their base. more: an edit that is not in the log."""
         edits = [read_edit(places.log, e) for e in log.edits] if log and places.log else []
+        edits += [] if more is None else [more]
         rows, alive, words, ngrams, added = base.rows, np.ones(base.rows.num_rows, bool), base.words, base.ngrams, None
         if edits:
             table = pa.concat_tables(edits)
@@ -174,6 +175,11 @@ class View:
         """Goes up by one with every edit; 0: as the run made it."""
         return self.log.version if self.log else 0
 
+    @property
+    def sources(self) -> list[str]:
+        """Where the live rows come from."""
+        return sorted(self.rows["source"].filter(pa.array(self.alive)).unique().to_pylist())
+
     def find(self, ids: list[str]) -> dict[str, int]:
         """Positions of the live rows that have these ids."""
         named = pc.is_in(self.ids, value_set=pa.array(ids, pa.large_string())).to_numpy(zero_copy_only=False)
@@ -183,6 +189,15 @@ class View:
     def row(self, position: int) -> dict[str, Any]:
         """One row: the columns VIEWED."""
         return self.rows.slice(position, 1).to_pylist()[0]
+
+    def listed(self, words: str, label: str | None, source: str | None) -> np.ndarray:
+        """Positions of the live rows, newest first, whose text (or second text) holds `words`, whatever their case. label, source: as `allowed`."""
+        mask = self.allowed(label, source)
+        found = self.alive if mask is None else mask
+        if words:
+            columns = [pc.match_substring(self.rows[name], words, ignore_case=True).fill_null(False) for name in TEXT_COLUMNS]
+            found = found & pc.or_(*columns).to_numpy(zero_copy_only=False)
+        return np.flatnonzero(found)[::-1]
 
     def allowed(self, label: str | None, source: str | None) -> np.ndarray | None:
         """(N,) bool of the rows that may be found, or None: all. Raises ConfigError on a label or source that does not exist."""
@@ -195,9 +210,8 @@ class View:
                     raise ConfigError(f"label: found {label!r}; the labels of {self.task.name} are {named}")
                 mask = mask & (self.labels.argmax(1) == self.task.labels.index(label))
             if source is not None:
-                known = sorted(self.rows["source"].filter(pa.array(self.alive)).unique().to_pylist())
-                if source not in known:
-                    raise ConfigError(f"source: found {source!r}; the sources of the store are {', '.join(known)}")
+                if source not in self.sources:
+                    raise ConfigError(f"source: found {source!r}; the sources of the store are {', '.join(self.sources)}")
                 mask = mask & pc.equal(self.rows["source"], source).to_numpy(zero_copy_only=False)
             self.masks[key] = None if mask.all() else mask
         return self.masks[key]

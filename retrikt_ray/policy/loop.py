@@ -17,10 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrikt_ray.policy import ppo, rewards
+from retrikt_ray.policy import ppo
 from retrikt_ray.policy.reward_model import RewardModel, Rewards
 from retrikt_ray.runtime import training
+from retrikt_ray.task import words
 from retrikt_ray.teacher import lm
+from retrikt_ray.teacher.base import Base, pad_rows
+from retrikt_ray.teacher.prefix import run_prefix, run_prefix_of
+from retrikt_ray.teacher.sampling import Sampling
 
 
 @dataclass(kw_only=True)
@@ -58,16 +62,16 @@ class History:
 class Agent:
     """Policy, reference and critic: the frozen base behind two prompts, and a small head on its hidden states."""
 
-    def __init__(self, base: lm.Base, prompt: Tensor, prefixes: list[str], max_tokens: int, seed: int) -> None:
-        """prompt: (C, S, d), the supervised one, where the policy starts. prefixes: C readable starts of a text. max_tokens: of a text."""
-        self.base, self.prefixes, self.max_tokens = base, prefixes, max_tokens
+    def __init__(self, base: Base, prompt: Tensor, prefixes: list[str], max_tokens: int, lines: int, seed: int) -> None:
+        """prompt: (C, S, d), the supervised one, where the policy starts. prefixes: C readable starts of a text. max_tokens, lines: of a text."""
+        self.base, self.prefixes, self.max_tokens, self.lines = base, prefixes, max_tokens, lines
         self.policy = nn.Parameter(prompt.clone())
         self.best = prompt.clone()  # the policy of the best step
         width = base.model.config.hidden_size
         training.seed_everything(seed, "value head")
         self.critic = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 64), nn.Tanh(), nn.Linear(64, 1)).to(base.device)
         with torch.no_grad():
-            self.reference = lm.run_prefix(base, prompt, prefixes)
+            self.reference = run_prefix(base, prompt, prefixes)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by name."""
@@ -99,8 +103,9 @@ class Generated(NamedTuple):
 @torch.no_grad()
 def generate(agent: Agent, conditions: Tensor, seeds: list[int]) -> Generated:
     """A text of the policy for each condition (B,), each from a seed of its own."""
-    prefix = lm.run_prefix(agent.base, agent.policy, agent.prefixes)
-    ids, mask = lm.sample(agent.base, prefix, conditions, seeds, agent.max_tokens)
+    prefix = run_prefix(agent.base, agent.policy, agent.prefixes)
+    written = lm.sample(agent.base, prefix, conditions, seeds, agent.max_tokens, Sampling(), agent.lines)
+    ids, mask = pad_rows(written, agent.base.eos, agent.base.device)
     logits, hidden = lm.score(agent.base, prefix, conditions, ids, mask)
     ref_logits, _ = lm.score(agent.base, agent.reference, conditions, ids, mask)
     log_probs, ref_log_probs = lm.log_probs_of(logits, ids), lm.log_probs_of(ref_logits, ids)
@@ -164,7 +169,7 @@ def update(
     """
     for made, rows in enumerate(batches):
         ids, mask = rollout.ids[rows], rollout.mask[rows]
-        prefix, (conditions,) = lm.run_prefix_of(agent.base, agent.policy, agent.prefixes, rollout.conditions[rows])
+        prefix, (conditions,) = run_prefix_of(agent.base, agent.policy, agent.prefixes, rollout.conditions[rows])
         logits, hidden = lm.score(agent.base, prefix, conditions, ids, mask.long())
         log_probs, old_log_probs = lm.log_probs_of(logits, ids), rollout.log_probs[rows]
         if session.mean(ppo.approx_kl(log_probs.detach(), old_log_probs, mask)).item() > stop_kl:
@@ -191,10 +196,10 @@ def watch(agent: Agent, reward_model: RewardModel, count: int, step: int, seed: 
         "reward": float(judged.total.mean()),
         "fidelity": float(judged.terms["fidelity"].mean()),
         "kl": ppo.text_kl(generated.log_probs, generated.ref_log_probs, generated.mask).item(),
-        "distinct_2": rewards.distinct(generated.texts),
-        "self_bleu": float(rewards.self_bleu(generated.texts).mean()),
+        "distinct_2": words.distinct(generated.texts),
+        "self_bleu": float(words.self_bleu(generated.texts).mean()),
         "entropy": ppo.entropy(generated.logits, generated.mask).item(),
-        "terminated": ((generated.ids == agent.base.eos) & generated.mask.bool()).any(1).float().mean().item(),
+        "terminated": float(np.mean(agent.base.ended(generated.ids, generated.mask, agent.lines))),
     }
     return {"step": step} | {k: round(v, 5) for k, v in figures.items()}
 

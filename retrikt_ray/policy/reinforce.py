@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime.training import Session
 
-VERSION = 2
+VERSION = 3
 
 
 class ReinforceConfig(Scaled):
@@ -57,14 +57,15 @@ def ppo_loop(config: dict[str, Any]) -> None:
     from retrikt_ray.policy.loop import Agent
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime import training
-    from retrikt_ray.teacher import lm, prompts
+    from retrikt_ray.teacher import prompts
     from retrikt_ray.teacher.annotator import Annotator
+    from retrikt_ray.teacher.base import Base
 
     c, task, teacher = ReinforceConfig(**config["section"]), config["task"], config["teacher"]
     card = teacher.read_json("teacher.json")
-    base = lm.Base.load(card["base"], card["dtype"])
+    base = Base.load(card["base"], card["dtype"], card["chat"])
     supervised = prompts.load_prompts(teacher).to(base.device)
-    agent = Agent(base, supervised, task.prefixes, card["max_tokens"], config["seed"])
+    agent = Agent(base, supervised, task.prefixes, card["max_tokens"], task.lines, config["seed"])
     optimizer = agent.optimizer(c.learning_rate, c.value_learning_rate)
     session = training.Session(config, optimizer, agent.tensors(), c.steps)
     rows = config["task_folder"].read_table("train.parquet")

@@ -13,8 +13,11 @@ from retrikt_ray.policy import rewards
 from retrikt_ray.policy.rewards import RewardWeights, TaskRows
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, split_pair, texts_of
+from retrikt_ray.task.words import bigrams
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.annotator import Annotator
+from retrikt_ray.teacher.base import Base
+from retrikt_ray.teacher.prefix import Prefix, run_prefix
 
 RESERVOIR_TEXTS = 512  # earlier texts that novelty is measured against, beside the task rows
 
@@ -30,7 +33,7 @@ class RewardModel:
     """Calling it gives the rewards of generated texts."""
 
     def __init__(
-        self, base: lm.Base, annotator: Annotator, task: Task, rows: pa.Table, weights: RewardWeights, custom: dict[str, float]
+        self, base: Base, annotator: Annotator, task: Task, rows: pa.Table, weights: RewardWeights, custom: dict[str, float]
     ) -> None:
         """rows: the labelled rows of the task. custom: weights of further terms, by `package.module:function`."""
         self.base, self.annotator, self.task = base, annotator, task
@@ -67,13 +70,13 @@ class RewardModel:
             embeddings=embeddings,
             likelihood=likelihood.cpu().numpy(),
             tokens=mask.sum(1).cpu().numpy(),
-            ended=((ids == self.base.eos) & mask.bool()).any(1).cpu().numpy(),
-            seen=self.rows.bigrams | rewards.bigrams(self.reservoir),
+            ended=np.array(self.base.ended(ids, mask, self.task.lines)),
+            seen=self.rows.bigrams | bigrams(self.reservoir),
             rows=self.rows,
         )
 
 
-def task_rows(base: lm.Base, annotator: Annotator, task: Task, table: pa.Table) -> TaskRows:
+def task_rows(base: Base, annotator: Annotator, task: Task, table: pa.Table) -> TaskRows:
     """What the terms read of the labelled rows."""
     texts = texts_of(table)
     sequences = [joined(t) for t in texts]
@@ -83,7 +86,7 @@ def task_rows(base: lm.Base, annotator: Annotator, task: Task, table: pa.Table) 
     groups = [values[conditions == i] for i in range(len(task.conditions))]
     return TaskRows(
         embeddings=annotator.annotate(texts)[1].numpy(),
-        bigrams=rewards.bigrams(sequences),
+        bigrams=bigrams(sequences),
         low=low,
         high=high,
         values=np.array([(group if len(group) else values).mean() for group in groups]),
@@ -92,8 +95,8 @@ def task_rows(base: lm.Base, annotator: Annotator, task: Task, table: pa.Table) 
     )
 
 
-def bare_prefix(base: lm.Base) -> lm.Prefix:
+def bare_prefix(base: Base) -> Prefix:
     """The LM without a prompt: <bos> alone, or <eos> (which ends the document before) for tokenizers without <bos>."""
     nothing = torch.zeros((1, 0, base.dim), device=base.device)
     end = base.embed(torch.tensor([[base.eos]], device=base.device))
-    return lm.run_prefix(base, end if base.tokenizer.bos_token_id is None else nothing, [""])
+    return run_prefix(base, end if base.tokenizer.bos_token_id is None else nothing, [""])

@@ -1,4 +1,4 @@
-"""The terms of a generated text's reward, and distinct-n. Pure functions of strings and arrays.
+"""The terms of a generated text's reward. Pure functions of strings and arrays.
 
 The paper (RetriKT, arXiv 2310.15594) does not publish its reward; these terms and their weights are our own design. Each term is
 logged on its own. A new term is a function here, its line in TERMS and its weight in RewardWeights; where it reads what `Batch` does not have
@@ -8,8 +8,7 @@ yet, `reward_model.py` fills that in. Without any change here, terms come by imp
 from __future__ import annotations
 
 import importlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from retrikt_ray.runtime.settings import ConfigError, Section
-
-Ngram = tuple[str, ...]
+from retrikt_ray.task.words import Ngram, ngrams, self_bleu, words
 
 
 class RewardWeights(Section):
@@ -60,19 +58,6 @@ class Batch:
     rows: TaskRows
 
 
-def words(text: str) -> list[str]:
-    return text.lower().split()
-
-
-def ngrams(tokens: Sequence[str], n: int) -> list[Ngram]:
-    return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-
-
-def bigrams(texts: Iterable[str]) -> set[Ngram]:
-    """The word bigrams of all the texts."""
-    return {gram for text in texts for gram in ngrams(words(text), 2)}
-
-
 def fidelity(probs: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """log p_teacher(asked class | text), floored at log 1e-4. probs (N, C), asked (N,) -> (N,)"""
     return np.log(np.clip(probs[np.arange(len(asked)), asked], 1e-4, 1.0))
@@ -81,33 +66,6 @@ def fidelity(probs: np.ndarray, asked: np.ndarray) -> np.ndarray:
 def closeness(values: np.ndarray, asked: np.ndarray, scale: float) -> np.ndarray:
     """Regression's fidelity: -|value - asked value| / scale. (N,)"""
     return -np.abs(values - asked) / scale
-
-
-def self_bleu(texts: Sequence[str], top: int = 3) -> np.ndarray:
-    """Of each text, BLEU-like overlap with the others of the batch: mean over n = 1..top of clipped n-gram precision. (N,) in [0, 1]
-
-    A text too short to have n-grams of some order takes the mean over the orders that it has; an empty text counts as 1 (no variety).
-    After Zhu et al. 2018 (Texygen, arXiv 1802.01886), with the arithmetic mean, since a product of small precisions is mostly 0.
-    """
-    tokens = [words(t) for t in texts]
-    result = np.ones(len(texts))
-    precisions: list[list[float]] = [[] for _ in texts]
-    for n in range(1, top + 1):
-        counts = [Counter(ngrams(t, n)) for t in tokens]
-        # The largest count of each n-gram, and the largest in any other text, so that a text is not its own reference.
-        best: dict[Ngram, list[tuple[int, int]]] = {}
-        for i, c in enumerate(counts):
-            for gram, k in c.items():
-                best.setdefault(gram, []).append((k, i))
-        ranked = {g: sorted(v, reverse=True)[:2] for g, v in best.items()}
-        for i, c in enumerate(counts):
-            if c:
-                hit = sum(min(k, next((m for m, j in ranked[g] if j != i), 0)) for g, k in c.items())
-                precisions[i].append(hit / sum(c.values()))
-    for i, p in enumerate(precisions):
-        if p:
-            result[i] = sum(p) / len(p)
-    return result
 
 
 def novelty(texts: Sequence[str], seen: set[Ngram]) -> np.ndarray:
@@ -145,12 +103,6 @@ TERMS: dict[str, Callable[[Batch], np.ndarray]] = {  # each (N,); the order is t
     "fluency": lambda b: b.likelihood,
     "length": lambda b: length(b.tokens, b.ended, b.rows.low, b.rows.high),
 }
-
-
-def distinct(texts: Iterable[str], n: int = 2) -> float:
-    """distinct-n: different n-grams over all n-grams (Li et al. 2016, arXiv 1510.03055)."""
-    grams = [g for t in texts for g in ngrams(words(t), n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def custom_term(path: str) -> Callable[[list[str], list[str]], Any]:

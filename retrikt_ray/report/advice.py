@@ -7,6 +7,9 @@ from typing import Any
 
 MANY_CLASSES = 1.5  # times chance that generated rows must reach in agreement with the label they were asked for
 BEGINNINGS = 0.05  # by how much fewer generated than labelled texts may begin with a letter or number
+OFF_TASK = 0.7  # share of generated rows that may be off the task: of other texts of the domain it is 0.1 to 0.6
+REPEATED = 0.1  # share of generated texts that may repeat earlier rows
+LOST = 0.5  # share of generated texts that may be rejected
 LITTLE = 0.005  # a gain that nobody would miss
 FEW_ROWS = 100  # validation rows below which a choice made on them is mostly noise
 
@@ -49,13 +52,49 @@ def generated_off_label(report: Report) -> str | None:
 
 
 def generated_off_task(report: Report) -> str | None:
+    """How far generated rows are from the labelled ones, as the teacher embeds them."""
+    share = report["store"].get("off_task", {}).get("generated")
+    if share is None or share <= OFF_TASK:
+        return None
+    return (
+        f"{share:.0%} of the generated rows are farther from the labelled ones than 95% of these are from each other: they are of another domain, as the "
+        "rows drawn below may show. A template that says what the texts are (prepare.template), unlabelled texts of your own (prepare.unlabelled), or "
+        "a base that has read such texts (teach.base) would bring them closer."
+    )
+
+
+def generated_lost(report: Report) -> str | None:
+    """Generated texts that did not become rows."""
+    store = report["store"]
+    made, kept = store.get("generated", 0), store.get("by_source", {}).get("generated", 0)
+    if made - kept <= LOST * made:
+        return None
+    reason, count = max(store["rejected"].items(), key=lambda item: item[1])
+    return (
+        f"Only {kept:,} of {made:,} generated texts became rows; most were rejected as {reason} ({count:,}). Look at them in rejected/, or with "
+        "`retrikt store card`: a pair that is cut before its second text is empty (teach.max_tokens), and the filters are keys of `annotate:`."
+    )
+
+
+def generator_repeats_itself(report: Report) -> str | None:
+    """Generated texts that were rejected because an earlier row says the same."""
+    share = report["store"].get("repeated")
+    if share is None or share <= REPEATED:
+        return None
+    return (
+        f"{share:.0%} of the generated texts repeat earlier rows: the generator knows no more to say as it is asked. Raise generate.temperature or "
+        "generate.top_k, ask for fewer rows (generate.rows), or give PPO's novelty and diversity more weight (reinforce.weights)."
+    )
+
+
+def generated_begin_otherwise(report: Report) -> str | None:
     """How generated texts begin, against the labelled ones."""
     begin = report["store"].get("begin_with_a_letter", {})
     if not {"generated", "task"} <= begin.keys() or begin["task"] - begin["generated"] <= BEGINNINGS:
         return None
     return (
         f"{begin['generated']:.0%} of the generated texts begin with a letter or number, {begin['task']:.0%} of the labelled ones do: look at the "
-        "store (`retrikt store search`). A larger LLM (teach.base), or unlabelled texts of your own (prepare.unlabelled), would be closer to the task."
+        "store (`retrikt store card`). A template after which a text begins as yours do (prepare.template), or a larger LLM (teach.base), would help."
     )
 
 
@@ -103,8 +142,11 @@ RULES: tuple[Rule, ...] = (
     cheaper_is_better,
     teacher_no_better,
     store_adds_nothing,
+    generated_lost,
     generated_off_label,
     generated_off_task,
+    generated_begin_otherwise,
+    generator_repeats_itself,
     retrieval_adds_nothing,
     too_few_rows,
 )

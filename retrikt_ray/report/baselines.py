@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from retrikt_ray.task.texts import Text, joined
+from retrikt_ray.task.words import WORD
 
 PAIR_MARK = " \x1f "  # between the texts of a pair
 STRENGTHS = (1.0, 10.0, 100.0)  # C of logistic regression, 1 / alpha of ridge
@@ -43,7 +44,7 @@ def tfidf(
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2),
         sublinear_tf=True,
-        token_pattern=r"(?u)\b\w+\b|[^\w\s]",
+        token_pattern=rf"{WORD}|[^\w\s]",
         max_features=None if most is None else max(1, most // targets.shape[1]),
     )
     features = vectorizer.fit_transform([joined(t, PAIR_MARK) for t in texts])

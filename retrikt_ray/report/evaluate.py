@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from retrikt_ray.report.advice import advise
-from retrikt_ray.report.facts import numbers, store_facts, voices
+from retrikt_ray.report.facts import numbers, voices
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.systems import BY_NAME, SYSTEMS, part_of_store
 from retrikt_ray.runtime.artifacts import check
@@ -22,10 +22,11 @@ from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.store.card import store_card
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text, texts_of
 
-VERSION = 2
+VERSION = 3
 CHUNK = 256  # test rows that an actor of the teacher's pool answers at a time
 PART = "store:"  # the name of RetriKT on a part of the store begins so, and ends with the fraction
 EXAMPLE_NEIGHBOURS = 4
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig, inputs: dict[str, Folder], out: dict[str, F
     material = Material(inputs, seed, workers.threads)
     report = compare(inputs, asked, seed)
     report["examples"] = each(examples_of, [(inputs, config.examples, workers.threads)], workers, "evaluate: examples")[0]
-    report["store"] |= each(store_facts, [(inputs["store"],)], workers, "evaluate: store")[0]
+    report["store"] = each(store_card, [(inputs["store"], inputs["rejected"], material.task, seed)], workers, "evaluate: store")[0]
     report["voices"], report["store_side"] = each(of_knowledge, [(material,)], workers, "evaluate: voices")[0]
     report["advice"] = advise(report)
     # 3. write
@@ -171,7 +172,7 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
     if "tfidf_labels" in asked:
         difference, half = paired_ci95(metric, truth, asked["teacher"].answers, asked["tfidf_labels"].answers)
         better = {"difference": difference, "ci95": half}
-    teacher, store = inputs["teacher"].read_json("teacher.json"), inputs["store"].read_json("store.json")
+    teacher, kept = inputs["teacher"].read_json("teacher.json"), inputs["store"].read_json("store.json")["kept"]
     parts = sorted((name for name in asked if name.startswith(PART)), key=lambda name: asked[name].rows)
     sizes = [{"rows": asked[name].rows, "score": score(metric, truth, asked[name].answers)} for name in parts]
     bins, error = ([], None) if task.regression else reliability(truth, asked["retrikt"].answers)
@@ -188,9 +189,8 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "systems": systems,
         "paired": paired,
         "teacher_over_tfidf": better,
-        "store": {key: store[key] for key in ("generated", "kept", "rejected", "by_source")},
         "rl": learning_curves(inputs["policy"]),
-        "store_size": [*sizes, {"rows": store["kept"], "score": systems["retrikt"]["score"]["mean"]}],
+        "store_size": [*sizes, {"rows": kept, "score": systems["retrikt"]["score"]["mean"]}],
         "mixture": inputs["index"].read_json("mixture.json"),
         "reliability": bins,
         "ece": error,

@@ -1,27 +1,11 @@
-"""What a report tells of the store and of the voices, beside scores. Each function is a Ray task."""
+"""What a report tells of the voices and of the knowledge they draw on, beside scores. Each function is a Ray task."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import pyarrow.compute as pc
-
 from retrikt_ray.index.mixture import NAMES, mix
 from retrikt_ray.report.material import Material
-from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.tables import matrix
-
-
-def store_facts(store: Folder) -> dict[str, Any]:
-    """agreement: share of the generated rows that the teacher labels as asked; begin_with_a_letter: share of texts, by source."""
-    table = store.read_tables(columns=["text", "source", "condition", "teacher_probs"])
-    labels, source = matrix(table["teacher_probs"]), np.array(table["source"].to_pylist())
-    begins = pc.utf8_is_alnum(pc.utf8_slice_codeunits(table["text"], 0, 1)).to_numpy(zero_copy_only=False)
-    generated = source == "generated"
-    asked = table["condition"].filter(generated).to_numpy()
-    agreement = float((labels[generated].argmax(1) == asked).mean()) if generated.any() and labels.shape[1] > 1 else None
-    return {"agreement": agreement, "begin_with_a_letter": {str(s): float(begins[source == s].mean()) for s in np.unique(source)}}
 
 
 def voices(material: Material) -> dict[str, Any]:

@@ -141,6 +141,13 @@ def _figures(report: dict[str, Any], systems: list[dict[str, Any]], metric: str,
         axes.plot([s["rows"] for s in sizes], [scale * s["score"] for s in sizes], "o-", color=ACCENT, lw=1.4, ms=4)
         axes.set(xlabel="rows in the store", ylabel=metric)
         figures["store_size"] = _svg(axes, "store_size")
+    if shares := (report.get("store") or {}).get("confidence"):
+        axes = Figure(figsize=(3.4, 2.6)).subplots()
+        for (kind, values), colour in zip(shares.items(), (WARM, ACCENT) if len(shares) > 1 else (ACCENT,), strict=True):
+            axes.stairs([100 * v for v in values], [i / len(values) for i in range(len(values) + 1)], label=kind, color=colour, lw=1.4)
+        axes.set(xlabel="top probability", ylabel="% of rows")
+        axes.legend(loc="upper left", frameon=False, labelcolor=INK)
+        figures["confidence"] = _svg(axes, "confidence")
     if bins := [b for b in report.get("reliability") or [] if b["count"]]:
         axes = Figure(figsize=(3.4, 2.6)).subplots()
         confidence, accuracy, count = ([b[key] for b in bins] for key in ("confidence", "accuracy", "count"))

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,7 +182,7 @@ def room(label: str, cpus: float, gpus: float, fewest: int, most: int) -> Iterat
         yield
 
 
-def pool(actor: type, arguments: tuple[Any, ...], items: list[dict[str, Any]], workers: Workers) -> Iterator[dict[str, Any]]:
+def pool(actor: type, arguments: tuple[Any, ...], items: list[dict[str, Any]], workers: Workers) -> Generator[dict[str, Any], None, None]:
     """A Ray Data pool of `actor(*arguments)`: each is handed one item at a time, and the rows that it returns come as they are ready.
 
     The actor is called with a batch of one item (columns of length 1) and returns a batch of rows.

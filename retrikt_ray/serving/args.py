@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -20,16 +20,31 @@ class ServeArgs(Section):
     shard_actors: int = Field(
         0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."
     )
-    max_batch: int = Field(64, ge=1, description="Requests answered together at most.")
-    batch_wait_ms: float = Field(5, ge=0, description="How long a request waits for others to be answered with.")
-    max_texts: int = Field(256, ge=1, description="Texts in one request; more are refused with 413.")
-    max_text_chars: int = Field(20_000, ge=1, description="Characters of one text; longer ones are refused with 413.")
+    max_batch: int = Field(64, ge=1, description="Requests answered together at most. Nobody waits for others: what is queued is taken.")
+    max_texts: int = Field(256, ge=1, description="Texts, or rows of an edit, in one request; more are refused with 413.")
+    max_text_chars: int = Field(
+        20_000, ge=1, description="Characters of one text; longer ones are refused with 413, or cut where the request says `truncate`."
+    )
     max_body_bytes: int = Field(
         4_000_000, ge=1, description="Bytes of a request body; a larger one is refused with 413 before it is parsed."
     )
     max_queued: int = Field(
         200, ge=0, description="Requests that wait in a replica beside two full batches; further ones get 503 with Retry-After."
     )
+    deadline_s: float = Field(
+        10, gt=0, description="Seconds in which a body must have come (else 408), and then be answered (else 504). Edits have no deadline."
+    )
+    open: Literal["nothing", "read", "write"] | None = Field(
+        None,
+        description="What may be done without a key; write includes read. Left out: nothing, and a server without keys is refused; "
+        "`retrikt serve` on the loopback and without keys says write.",
+    )
+    keys_file: str | None = Field(
+        None,
+        description="File of keys, a line each: `read KEY` or `write KEY`. Others are taken from the environment, "
+        "RETRIKT_READ_KEYS and RETRIKT_WRITE_KEYS, separated by white space. A write key reads, too.",
+    )
+    cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this server from a browser, such as https://a.org.")
 
     @property
     def capacity(self) -> int:

@@ -1,161 +1,270 @@
-"""One replica: the routes over a Predictor, and the thread that it answers in.
+"""One replica: a Predictor, the thread that it answers in, and what waits for it.
 
-A replica is ingress and student at once: FastAPI reads and checks requests (`wire.py`), `@serve.batch` gathers the texts of concurrent
-ones, and one thread runs student and index over the batch. One process and no hop was the fastest of the layouts that were measured, and
-one thread keeps the event loop free, also where Serve's throughput mode shares it with user code.
-
-What was left out on purpose: Swagger's page under /docs, which loads its scripts from a CDN; /openapi.json describes the same API.
+A replica is ingress and student at once: the routes (`routes.py`) read and check requests on the event loop, and one thread runs student and index
+over all that have come meanwhile. One process and no hop was the fastest of the layouts that were measured; one thread keeps the event loop
+free, also where Serve's throughput mode shares it with user code. Nobody waits for others to come: a request that finds the thread idle is
+answered at once, and those that come while it works are the next batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from importlib.resources import files
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from ray import serve
-from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse
 
-from retrikt_ray import __version__
+from retrikt_ray.knowledge.actors import ActorSearcher
 from retrikt_ray.knowledge.view import Neighbour
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.actors import ActorSearcher
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.wire import Body, Guard, PredictBody, Problem, Refusal, RetrieveBody, refuse, refuse_body, texts_of_inputs
+from retrikt_ray.serving.metrics import UNKNOWN, Metrics
+from retrikt_ray.serving.reading import Refusal
+from retrikt_ray.serving.wire import RetrieveBody
 from retrikt_ray.task.texts import Text
 
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-EVIDENCE = ("id", "text", "text_pair", "source", "label", "score")  # of a row that was found, beside what it was found by
+EVIDENCE = ("id", "text", "text_pair", "source", "label", "score")  # of a row, beside what it was found by
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one request wants of the thread."""
+
+    kind: str  # predict | explain | retrieve | embed
+    texts: list[Text]
+    asked: Any = None  # predict: (labels per text, whether raw); retrieve: its body
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer per text, and the version of the knowledge that all of them are from."""
+
+    items: list[Any]
+    version: int
+
+
+class Batcher:
+    """Gathers what waits while the thread works. work: jobs -> an answer, or the error, of each; it runs in the thread."""
+
+    def __init__(self, work: Callable[[list[Any], float], list[Any]], most: int, thread: ThreadPoolExecutor) -> None:
+        self.work, self.most, self.thread = work, most, thread
+        self.waiting: deque[tuple[Any, asyncio.Future[Any], float]] = deque()
+        self.busy = False
+
+    async def ask(self, job: Any) -> Any:
+        """The answer to a job; one whose caller has gone meanwhile is not worked on."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        self.waiting.append((job, future, time.perf_counter()))
+        if not self.busy:
+            self.busy = True
+            loop.call_soon(self.start, loop)  # what else comes with this turn of the loop goes along
+        return await future
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        batch: list[Any] = []
+        while self.waiting and len(batch) < self.most:
+            entry = self.waiting.popleft()
+            if not entry[1].done():
+                batch.append(entry)
+        self.busy = bool(batch)
+        if batch:
+            self.thread.submit(self.run, batch, loop)
+
+    def run(self, batch: list[Any], loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            answers = self.work([job for job, _, _ in batch], batch[0][2])
+        except Exception as error:
+            answers = [error] * len(batch)
+        loop.call_soon_threadsafe(self.finish, batch, answers, loop)
+
+    def finish(self, batch: list[Any], answers: list[Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.start(loop)  # the thread goes on while these are written
+        for (_, future, _), answer in zip(batch, answers, strict=True):
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
 
 
 class Endpoint:
-    """One replica: a Predictor, the thread it works in, and the routes."""
+    """One replica."""
 
     def __init__(self, args: dict[str, Any]) -> None:
         self.args = ServeArgs(**args)
-        self.active = 0
+        self.active = self.editing = 0  # requests and edits that wait or are worked on
+        self.metrics = Metrics()
         # Thread counts of OpenMP belong to a thread, and fast tokenizers are not for two threads at once: one thread opens and answers.
         self.worker = ThreadPoolExecutor(1, "predictor")
+        self.editor = ThreadPoolExecutor(1, "editor")  # a teacher that labels rows must not hold up answers
+        self.batcher = Batcher(self.work, self.args.max_batch, self.worker)
         self.predictor = self.worker.submit(open_predictor, self.args).result()
-        batched: Any  # Serve's own type hides its setters
-        for batched in (self.predict_batch, self.retrieve_batch):
-            batched.set_max_batch_size(self.args.max_batch)
-            batched.set_batch_wait_timeout_s(self.args.batch_wait_ms / 1000)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self)
+    async def ask(self, job: Job) -> Answers:
+        """The answer to a job. Raises Refusal 503 where too many wait, 504 where it takes too long, 422 on a filter that does not exist."""
+        if self.active >= self.args.capacity:
+            raise Refusal(503, f"{self.active} requests are waiting already", "the same request a second later", {"Retry-After": "1"})
+        self.active += 1
+        try:
+            async with asyncio.timeout(self.args.deadline_s):
+                answers: Answers = await self.batcher.ask(job)
+                return answers
+        except TimeoutError:
+            raise Refusal(504, f"there was no answer within {self.args.deadline_s:g} s", "fewer texts, or a time of less load") from None
+        finally:
+            self.active -= 1
 
-    @serve.batch
-    async def predict_batch(self, requests: list[tuple[list[Text], Callable[[Prediction], Any]]]) -> list[Any]:
-        """Answer several requests, each (texts, how to write its part of the prediction), in one pass."""
-
-        def work() -> list[Any]:
+    def work(self, jobs: list[Job], since: float) -> list[Any]:
+        """Answer jobs, those of a kind in one pass; all from one version of the knowledge."""
+        clock = Clock(self.metrics, since)
+        clock("queue")
+        self.metrics.batches.observe(len(jobs))
+        answers: list[Any] = [None] * len(jobs)
+        with self.predictor.knowledge.lock:  # a new base must not close the old one's searcher under us
             self.predictor.knowledge.refresh()
-            evidence = any(write == self.explanations for _, write in requests)
-            every = self.predictor.answer([t for texts, _ in requests for t in texts], evidence)
-            edges = np.cumsum([0, *(len(texts) for texts, _ in requests)]).tolist()
-            return [write(every.part(low, high)) for (_, write), low, high in zip(requests, edges, edges[1:], strict=False)]
-
-        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
-
-    @serve.batch
-    async def retrieve_batch(self, requests: list[tuple[list[Text], RetrieveBody]]) -> list[Any]:
-        """Rows for several requests, those that ask alike in one pass. A bad filter is the answer of its own request, not of the batch."""
-
-        def work() -> list[Any]:
-            self.predictor.knowledge.refresh()
-            alike: dict[Any, list[int]] = {}
-            for i, (_, asked) in enumerate(requests):
-                alike.setdefault((asked.mode, asked.k, asked.label, asked.source), []).append(i)
-            answers: list[Any] = [None] * len(requests)
-            for members in alike.values():
-                found = self.retrieved([t for i in members for t in requests[i][0]], requests[members[0]][1])
+            view = self.predictor.knowledge.view
+            for indices in alike(jobs):
+                group = [jobs[i] for i in indices]
+                texts = [text for job in group for text in job.texts]
+                found = (
+                    self.answered(group[0], texts, clock) if group[0].kind in ("retrieve", "embed") else self.predicted(group, texts, clock)
+                )
                 rest = iter([] if isinstance(found, Refusal) else found)
-                for i in members:
-                    answers[i] = found if isinstance(found, Refusal) else [next(rest) for _ in requests[i][0]]
-            return answers
+                for i in indices:
+                    answers[i] = found if isinstance(found, Refusal) else Answers([next(rest) for _ in jobs[i].texts], view.version)
+        self.metrics.texts.inc(sum(len(job.texts) for job in jobs))
+        self.metrics.version.set(view.version)
+        self.metrics.rows.set(view.count)
+        clock("write")
+        return answers
 
-        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+    def predicted(self, jobs: list[Job], texts: list[Text], clock: Clock) -> list[Any]:
+        """Predictions, and explanations where a job wants them, of all texts of these jobs."""
+        every = self.predictor.answer(texts, any(job.kind == "explain" for job in jobs), clock=clock)
+        if every.dense is not None:
+            self.metrics.searched.inc(len(texts))
+            self.metrics.unlike.inc(int((every.dense.scores[:, :1] < UNKNOWN).all(1).sum()))
+        out: list[Any] = []
+        low = 0
+        for job in jobs:
+            part = every.part(low, low + len(job.texts))
+            low += len(job.texts)
+            out += self.explanations(part) if job.kind == "explain" else [self.scores(answer, *job.asked) for answer in part.answers]
+        return out
 
-    def retrieved(self, texts: list[Text], asked: RetrieveBody) -> Any:
-        """Per text: its nearest rows; those that share most words; or, hybrid, both apart."""
+    def answered(self, job: Job, texts: list[Text], clock: Clock) -> Any:
+        """Vectors of the texts, or their rows: the nearest; those that share most words; or, hybrid, both apart."""
+        if job.kind == "embed":
+            vectors = self.predictor.student.encode(texts)[1].tolist()
+            clock("encode")
+            return vectors
+        asked: RetrieveBody = job.asked
         where, view = {"label": asked.label, "source": asked.source}, self.predictor.knowledge.view
         sides: dict[str, list[Any]] = {}
         try:
             if asked.mode != "lexical":
                 sides["dense"] = records(view.neighbours(self.predictor.retrieve(texts, asked.k, **where), "similarity"))
+                clock("dense")
             if asked.mode != "dense":
                 sides["lexical"] = records(view.neighbours(view.search_words(texts, asked.k, **where), "bm25"))
+                clock("lexical")
         except ConfigError as error:
             return Refusal(422, str(error), "a label of the task, a source of the store")
         if asked.mode != "hybrid":
             return sides[asked.mode]
         return [{side: rows[i] for side, rows in sides.items()} for i in range(len(texts))]
 
-    async def answer(self, batched: Callable[[Any], Any], inputs: Any, asked: Any) -> JSONResponse:
-        """Check the texts, wait for a batch, and answer one text by one object and a list by a list."""
-        texts = texts_of_inputs(inputs, self.predictor.task.pair, self.args)
-        if self.active >= self.args.capacity:
-            raise Refusal(503, f"{self.active} requests are waiting already", "the same request a second later", {"Retry-After": "1"})
-        self.active += 1
-        try:
-            answers = await batched((texts, asked))
-        finally:
-            self.active -= 1
-        if isinstance(answers, Refusal):
-            raise answers
-        return JSONResponse(answers if isinstance(inputs, list) else answers[0])
+    async def apart(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+        """Do something in a thread of the replica."""
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     async def info(self) -> dict[str, Any]:
         """What is served, with the edits that the next request would see."""
 
         def work() -> dict[str, Any]:
-            self.predictor.knowledge.refresh()
-            return self.predictor.info()
+            with self.predictor.knowledge.lock:
+                self.predictor.knowledge.refresh()
+                return self.predictor.info()
 
-        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+        return dict(await self.apart(self.worker, work))
 
-    def scores(self, answer: np.ndarray) -> list[dict[str, Any]]:
+    def scores(self, answer: np.ndarray, most: int | None = None, raw: bool = False) -> list[dict[str, Any]]:
         """Labels and scores of one answer (C,), best first; a regression's value is the score of LABEL_0, as Hugging Face has it."""
         if len(answer) == 1:
             return [{"label": "LABEL_0", "score": float(answer[0])}]
-        return [{"label": self.predictor.task.labels[i], "score": float(answer[i])} for i in np.argsort(-answer, kind="stable")]
+        labels, values = self.predictor.task.labels, (np.log(answer) if raw else answer).tolist()
+        return [{"label": labels[i], "score": values[i]} for i in np.argsort(-answer, kind="stable")[:most].tolist()]
 
     def explanations(self, part: Prediction) -> list[dict[str, Any]]:
-        """Per text: the answer, the student's own, what else spoke, the rows and n-grams it rests on, and the weights."""
-        near, words, ngrams = records(part.neighbours), records(part.lexical_neighbours), part.ngrams
-        return [
-            {
-                "prediction": self.scores(part.answers[i]),
-                "student": self.scores(part.student[i]),
-                "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in part.voices.items()},
-                "neighbours": near[i],
-                "lexical_neighbours": words[i],
-                "ngrams": [asdict(spoken) for spoken in ngrams[i]],
-                "mixture": asdict(self.predictor.mixture),
+        """Per text: the answer, the student's own, what else spoke, the rows and n-grams it rests on, the weights, and the answer without each."""
+        sides = {"neighbours": part.neighbours, "lexical_neighbours": part.lexical_neighbours}
+        ngrams, without = part.ngrams, part.without_voices
+        out = []
+        for i, answer in enumerate(part.answers):
+            rows = part.without_rows(i)
+            best = int(answer.argmax())
+            left = {name: None if np.isnan(others[i]).any() else self.scores(others[i]) for name, others in without.items()}
+            for name, scores in left.items():
+                if scores and len(answer) > 1 and scores[0]["label"] != self.scores(answer, 1)[0]["label"]:
+                    self.metrics.decided.labels(name).inc()
+            shown = {
+                side: [
+                    record | {"without": self.scores(rows[record["id"]], 1)[0] | {"change": float(rows[record["id"]][best] - answer[best])}}
+                    for record in records([found[i]])[0]
+                ]
+                for side, found in sides.items()
             }
-            for i in range(len(part.answers))
-        ]
+            out.append(
+                {
+                    "prediction": self.scores(answer),
+                    "student": self.scores(part.student[i]),
+                    "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in part.voices.items()},
+                    "without": left,
+                    **shown,
+                    "ngrams": [asdict(spoken) for spoken in ngrams[i]],
+                    "mixture": asdict(part.mixture),
+                }
+            )
+        return out
+
+
+class Clock:
+    """Called at the end of a phase, with its name; it counts the time since the call before."""
+
+    def __init__(self, metrics: Metrics, since: float) -> None:
+        self.metrics, self.since = metrics, since
+
+    def __call__(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.metrics.phases.labels(phase).observe(now - self.since)
+        self.since = now
+
+
+def alike(jobs: list[Job]) -> list[list[int]]:
+    """Jobs that can be answered in one pass, by their number."""
+    groups: dict[Any, list[int]] = {}
+    for i, job in enumerate(jobs):
+        asked = (job.asked.mode, job.asked.k, job.asked.label, job.asked.source) if job.kind == "retrieve" else ()
+        groups.setdefault(("predict" if job.kind == "explain" else job.kind, *asked), []).append(i)
+    return list(groups.values())
+
+
+def record(row: Neighbour) -> dict[str, Any]:
+    """A row as JSON has it."""
+    found = {by: v for by, v in (("similarity", row.similarity), ("bm25", row.bm25)) if v is not None}
+    return {key: getattr(row, key) for key in EVIDENCE} | found
 
 
 def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
-    """Rows that were found, as JSON has them."""
-    return [
-        [
-            {key: getattr(n, key) for key in EVIDENCE}
-            | {by: v for by, v in (("similarity", n.similarity), ("bm25", n.bm25)) if v is not None}
-            for n in rows
-        ]
-        for rows in found
-    ]
+    """Rows that were found for each text."""
+    return [[record(row) for row in rows] for rows in found]
 
 
 def open_predictor(args: ServeArgs) -> Predictor:
@@ -166,45 +275,3 @@ def open_predictor(args: ServeArgs) -> Predictor:
     if not args.shard_actors:
         return Predictor.open(args.run, args.threads)
     return Predictor.open(args.run, args.threads, opener=lambda index, threads: ActorSearcher(index, args.shard_actors, threads))
-
-
-def build_api(endpoint: Endpoint) -> FastAPI:
-    """The routes over one replica."""
-    api = FastAPI(title="retrikt", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    api.add_middleware(Guard, max_body_bytes=endpoint.args.max_body_bytes)
-    api.add_exception_handler(HTTPException, refuse)
-    api.add_exception_handler(RequestValidationError, refuse_body)
-    problems: dict[int | str, dict[str, Any]] = {code: {"model": Problem} for code in (400, 413, 415, 422, 500, 503)}
-    page = (files("retrikt_ray.serving") / "page.html").read_text(encoding="utf-8")
-
-    @api.post("/predict", responses=problems)
-    async def predict(body: PredictBody) -> Any:
-        """Labels and scores per text, best first."""
-        return await endpoint.answer(
-            endpoint.predict_batch, body.inputs, lambda part: [endpoint.scores(a)[: body.top_k] for a in part.answers]
-        )
-
-    @api.post("/retrieve", responses=problems)
-    async def retrieve(body: RetrieveBody) -> Any:
-        """Rows of the store per text: the nearest, those that share most words, or both."""
-        return await endpoint.answer(endpoint.retrieve_batch, body.inputs, body)
-
-    @api.post("/explain", responses=problems)
-    async def explained(body: Body) -> Any:
-        """The prediction, the student's own answer, the rows that voted, and how."""
-        return await endpoint.answer(endpoint.predict_batch, body.inputs, endpoint.explanations)
-
-    @api.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @api.get("/info")
-    async def info() -> dict[str, Any]:
-        limits = {key: getattr(endpoint.args, key) for key in ("max_texts", "max_text_chars", "max_body_bytes")}
-        return await endpoint.info() | {"version": __version__, "limits": limits}
-
-    @api.get("/", include_in_schema=False)
-    async def front() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
-
-    return api

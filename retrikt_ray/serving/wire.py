@@ -1,102 +1,106 @@
-"""The HTTP side of serving: what a request may look like, and how it is refused.
+"""The types of the API: what requests may hold, and what answers hold.
 
-Shapes follow Hugging Face's text-classification: one text is answered by a list of {label, score}, a list of texts by a list of such.
-Every error is JSON that says what was found and what was expected.
+Shapes follow those of Hugging Face's Inference API and of text-embeddings-inference (TEI), so that their clients can be used as they are.
 """
 
 from __future__ import annotations
 
-import logging
-import uuid
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
-from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.task.texts import TEXT_COLUMNS, Text, TextError, read_texts, short
-
-ROUTES = "GET /, /health, /info, /openapi.json; POST /predict, /retrieve, /explain"
-logger = logging.getLogger("ray.serve")  # Serve writes it to the replica's log file
-
-
-class Refusal(HTTPException):
-    """An answer other than 200, as JSON: what was wrong and what was expected."""
-
-    def __init__(self, status: int, error: str, expected: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, error, headers)
-        self.expected = expected
-
-
-def refuse(_: Request | None, error: Exception) -> JSONResponse:
-    """The JSON body of every error that reaches a client."""
-    assert isinstance(error, HTTPException)
-    expected = getattr(error, "expected", {404: ROUTES, 405: ROUTES, 400: "a body that is JSON in UTF-8"}.get(error.status_code))
-    body = {"error": str(error.detail), "expected": expected} if expected else {"error": str(error.detail)}
-    return JSONResponse(body, error.status_code, error.headers)
-
-
-def refuse_body(_: Request, error: Exception) -> JSONResponse:
-    """FastAPI's findings about a body, as a Refusal."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = ".".join(str(p) for p in first["loc"][1:]) or "the body"
-    if first["type"] == "json_invalid":
-        return refuse(
-            None,
-            Refusal(
-                400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}", 'JSON such as {"inputs": "a text"}'
-            ),
-        )
-    if first["type"] == "missing":
-        found = f"{field} is missing" if field != "the body" else "the body is empty"
-    elif first["type"] == "extra_forbidden":
-        return refuse(
-            None,
-            Refusal(422, f"there is no field {short(field)}", "inputs, and top_k for /predict, or k, mode, label and source for /retrieve"),
-        )
-    else:
-        found = f"{field}: found {short(first['input'])}"
-    expected = (
-        'a JSON object such as {"inputs": "a text"}' if field in ("the body", "inputs") else first["msg"].removeprefix("Input should be ")
-    )
-    return refuse(None, Refusal(422, found, expected))
-
+# what requests hold
 
 ITEM = {
-    "type": "object",
-    "properties": {"text": {"type": "string"}, "text_pair": {"type": "string"}},
-    "required": ["text"],
-    "additionalProperties": False,
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "text_pair": {"type": "string"}},
+            "required": ["text"],
+            "additionalProperties": False,
+        },
+        {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 2},
+    ]
 }
-ONE = {"anyOf": [{"type": "string"}, ITEM]}
 # Checked by `texts_of_inputs`: pydantic's findings about a union name every branch and help nobody.
-Inputs = Annotated[Any, WithJsonSchema({"anyOf": [*ONE["anyOf"], {"type": "array", "items": ONE, "minItems": 1}]})]
+Inputs = Annotated[Any, WithJsonSchema({"anyOf": [*ITEM["anyOf"][:2], {"type": "array", "items": ITEM, "minItems": 1}]})]
+Rows = Annotated[
+    list[Any],
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "id": {"type": "string"},
+                    "text": {"type": "string"},
+                    "text_pair": {"type": "string"},
+                    "label": {"anyOf": [{"type": "string"}, {"type": "number"}]},
+                    "teacher_probs": {"type": "array", "items": {"type": "number"}},
+                },
+                "required": ["text"],
+                "additionalProperties": False,
+            },
+        }
+    ),
+]
 
 
-class Body(BaseModel):
-    """What POST /explain takes."""
-
+class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    inputs: Inputs = Field(description="A text, or {text, text_pair} in pair tasks; or a list of such. A list is answered by a list.")
 
 
-class Problem(BaseModel):
-    """The body of every error."""
+class Body(Strict):
+    """Texts to be answered."""
 
-    error: str
-    expected: str | None = None
-    error_id: str | None = Field(None, description="With 500: the id under which the server's log has the cause.")
+    inputs: Inputs = Field(
+        description='A text; in pair tasks {"text", "text_pair"} or ["text", "second text"]; or a list of such, which is answered by a list.'
+    )
+    truncate: bool | None = Field(
+        None, strict=True, description="Cut texts that are longer than the server takes, instead of refusing them."
+    )
+    truncation_direction: Literal["right", "Right"] | None = Field(None, description="The end that is cut.")
+
+
+class Parameters(Strict):
+    """Parameters of Hugging Face's text-classification task."""
+
+    top_k: int | None = Field(None, ge=1, strict=True, description="Labels per text; default all.")
+    function_to_apply: Literal["softmax", "none"] | None = Field(
+        None, description="none: log-probabilities in place of probabilities. In regression the score is the value either way."
+    )
 
 
 class PredictBody(Body):
-    """What POST /predict takes."""
+    """What POST /predict and POST / take."""
 
     top_k: int | None = Field(None, ge=1, strict=True, description="Labels per text; default all.")
+    raw_scores: bool | None = Field(None, strict=True, description="Log-probabilities in place of probabilities, as TEI has it.")
+    parameters: Parameters | None = Field(
+        None, description="Of the Inference API, whose answer to a single text is a list of one answer: [[{label, score}, ...]]."
+    )
+    options: dict[str, Any] | None = Field(None, description="Of the Inference API; means nothing here.")
+
+    @property
+    def most(self) -> int | None:
+        """Labels per text."""
+        return self.parameters.top_k if self.parameters and self.parameters.top_k else self.top_k
+
+    @property
+    def raw(self) -> bool:
+        return bool(self.raw_scores or (self.parameters and self.parameters.function_to_apply == "none"))
+
+    @property
+    def nested(self) -> bool:
+        """Whether one text is answered by a list of one answer."""
+        return self.parameters is not None or self.options is not None
+
+
+class EmbedBody(Body):
+    """What POST /embed takes."""
+
+    normalize: Literal[True] | None = Field(None, description="Vectors have unit length; there are no others.")
 
 
 class RetrieveBody(Body):
@@ -110,71 +114,147 @@ class RetrieveBody(Body):
     source: str | None = Field(None, description="Only rows of this source: generated, task, unlabelled or added.")
 
 
-def texts_of_inputs(inputs: Any, pair: bool, args: ServeArgs) -> list[Text]:
-    """The texts of a request. Raises Refusal 413 or 422 that names the field and what was found."""
-    items = inputs if isinstance(inputs, list) else [inputs]
-    if len(items) > args.max_texts:
-        raise Refusal(413, f"inputs holds {len(items)} texts", f"at most {args.max_texts} texts a request")
-    for i, item in enumerate(items):
-        where = f"inputs[{i}]" if isinstance(inputs, list) else "inputs"
-        parts = {f"{where}.{key}": item.get(key) for key in TEXT_COLUMNS} if isinstance(item, dict) else {where: item}
-        for name, value in parts.items():
-            if isinstance(value, str) and len(value) > args.max_text_chars:
-                raise Refusal(413, f"{name} has {len(value)} characters", f"at most {args.max_text_chars} characters a text")
-    try:
-        return read_texts(inputs, pair, "inputs")
-    except TextError as error:
-        a_text = error.expected.startswith("a ")
-        raise Refusal(422, error.found, f"{error.expected}, or a list of such" if a_text else error.expected) from None
-    except RecursionError:  # it could just be parsed, but not be shown
-        raise Refusal(422, "inputs is nested too deeply", "a text, or a list of such") from None
+class PutBody(Strict):
+    """What PUT /knowledge takes."""
+
+    rows: Rows = Field(
+        description="Rows to be added, or put in place of those that have their ids. Without an id it follows from the text, "
+        "without a label the teacher gives one."
+    )
 
 
-class Guard:
-    """ASGI middleware: bounds bodies, insists on JSON, and turns a fault of ours into JSON with an id that the log has too."""
+class DeleteBody(Strict):
+    """What DELETE /knowledge takes."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self.app, self.limit = app, max_body_bytes
+    ids: list[str] = Field(min_length=1, description="Ids of rows; all are deleted or none.")
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        seen, started = 0, False
 
-        async def bounded() -> Message:  # a chunked body has no Content-Length
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.limit:
-                self.too_large(f"more than {self.limit}")
-            return message
+class PreviewBody(Strict):
+    """What POST /knowledge/preview takes."""
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+    rows: Rows = Field([], description="As for PUT.")
+    ids: list[str] = Field([], description="As for DELETE.")
+    inputs: Inputs = Field(description="Texts whose answers are compared, as for /predict.")
 
-        try:
-            self.check(scope)
-            await self.app(scope, bounded, watched)
-        except HTTPException as refusal:
-            await refuse(None, refusal)(scope, receive, send)
-        except Exception:
-            code = uuid.uuid4().hex[:12]
-            logger.exception(f"error {code} in {scope['method']} {scope['path']}")
-            if started:
-                raise
-            await JSONResponse({"error": "the server failed on this request", "error_id": code}, 500)(scope, receive, send)
 
-    def check(self, scope: Scope) -> None:
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.limit:
-            self.too_large(length)
-        kind = headers.get("content-type", "nothing")
-        if scope["method"] == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
-            raise Refusal(415, f"Content-Type: found {short(kind)}", "application/json")
+# what answers hold; the server writes them as they are, so these types are for the API's description and for clients
 
-    def too_large(self, found: str) -> NoReturn:
-        raise Refusal(413, f"the body has {found} bytes", f"at most {self.limit} bytes a request")
+
+class Score(BaseModel):
+    """A label and its probability; in regression LABEL_0 and the value."""
+
+    label: str
+    score: float
+
+
+Scores = list[Score]  # best first
+
+
+class Row(BaseModel):
+    """A row of the knowledge, with the teacher's label."""
+
+    id: str
+    text: str
+    text_pair: str | None
+    source: str
+    label: str
+    score: float
+
+
+class Without(Score):
+    """The likeliest label where one row has no vote."""
+
+    change: float = Field(description="Of the score of the label that is predicted with it.")
+
+
+class Found(Row):
+    """A row that was found for a text."""
+
+    similarity: float | None = Field(None, description="Cosine of its vector and the text's; absent where it was found by its words.")
+    bm25: float | None = Field(None, description="Absent where it was found by its vector.")
+
+
+class Voter(Found):
+    """A row that voted."""
+
+    without: Without
+
+
+class Sides(BaseModel):
+    """Rows that were found by their vectors and by their words."""
+
+    dense: list[Found]
+    lexical: list[Found]
+
+
+class Spoken(BaseModel):
+    """A word or word pair of the text, and what it adds to the log-odds of the predicted label (to the value, in regression)."""
+
+    ngram: str
+    weight: float
+
+
+class Explanation(BaseModel):
+    """A prediction and what it rests on."""
+
+    prediction: Scores
+    student: Scores = Field(description="The student's own answer.")
+    votes: dict[str, Scores | None] = Field(description="What dense, lexical and ngrams say; null where nothing was found.")
+    without: dict[str, Scores | None] = Field(description="The answer without each voice; null where nothing would be left.")
+    neighbours: list[Voter]
+    lexical_neighbours: list[Voter]
+    ngrams: list[Spoken]
+    mixture: dict[str, float] = Field(description="Weights of the voices, and how rows vote.")
+
+
+class Listing(BaseModel):
+    """Some rows of the knowledge, newest first."""
+
+    version: int
+    total: int = Field(description="Rows that match.")
+    rows: list[Row]
+
+
+class Edited(BaseModel):
+    """What an edit did."""
+
+    version: int = Field(description="Of the knowledge after it.")
+    ids: list[str] = Field(description="Of rows that were put.")
+    before: list[dict[str, Any]] = Field(description="Rows that are gone; putting them back, and deleting what is new, undoes the edit.")
+
+
+class Compared(BaseModel):
+    """The answer to a text now, and as it would be."""
+
+    changed: bool = Field(description="Whether the label differs; in regression, whether the value does.")
+    before: Scores
+    after: Scores
+
+
+class Preview(BaseModel):
+    """What an edit would do."""
+
+    version: int
+    answers: list[Compared]
+
+
+class Problem(BaseModel):
+    """The body of every error."""
+
+    error: str = Field(description="What was found.")
+    code: str = Field(description="The same as one word, for programs.")
+    expected: str | None = None
+    error_id: str | None = Field(None, description="With 500: the request's id, under which the server's log has the cause.")
+
+
+class Info(BaseModel):
+    """What is served."""
+
+    model_config = ConfigDict(extra="allow")
+    task: str
+    problem: str
+    labels: list[str]
+    pair: bool
+    version: str
+    store: dict[str, int]
+    limits: dict[str, float]

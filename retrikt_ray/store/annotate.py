@@ -1,14 +1,12 @@
 """Stage 5, annotate: the teacher labels and embeds every text; what is not good enough is kept apart with its reason.
 
 Three sources become rows of one store: generated texts, the labelled task rows, and unlabelled texts of the domain. Annotators run in a
-Ray Data actor pool, shard by shard, each writing one atomic file. Filters that look at the whole store (duplicates, leakage) run after,
-over hashes alone, so that their answer does not depend on the number of workers.
+Ray Data actor pool, shard by shard, each writing one atomic file. Filters that look at the whole store (duplicates, leakage; `duplicates.py`) run
+after, over hashes alone, so that their answer does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -20,19 +18,24 @@ from retrikt_ray.runtime.cluster import plan, pool
 from retrikt_ray.runtime.folders import MANIFEST, Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError, Scaled
+from retrikt_ray.store.duplicates import HeldOut, key, near_duplicates, shingles
 from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema, table_of
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import texts_of
+from retrikt_ray.task.words import words
 
-VERSION = 1
+VERSION = 2
 CHUNK = 512  # rows per annotated part
+READ = ["text", "text_pair", "condition", "finished", "probs"]  # what a decision looks at
 
 
 class AnnotateConfig(Scaled):
     """Which texts become rows of the store."""
 
     batch: int = Field(64, ge=1, description="Texts per forward pass of the annotator.")
-    min_words: int = Field(2, ge=1, description="Texts with fewer words are rejected (`too_short`).")
+    min_words: int = Field(
+        2, ge=1, description="Texts with fewer words are rejected (`too_short`); in scripts without spaces a character is a word."
+    )
     keep_unfinished: bool = Field(
         True, description="Keep generated texts that the length limit cut off; else they are rejected (`unfinished`)."
     )
@@ -42,20 +45,15 @@ class AnnotateConfig(Scaled):
         le=1,
         description="Generated and unlabelled texts whose top probability is lower are rejected (`low_confidence`). 0: off.",
     )
+    near_duplicates: float = Field(
+        0.8,
+        ge=0.5,
+        le=1,
+        description="Generated and unlabelled texts that share this much of their words and word pairs (Jaccard) with an earlier row are rejected (`near_duplicate`). 1: off.",
+    )
     require_agreement: bool = Field(
         False, description="Reject generated texts that the teacher labels otherwise than asked (`label_disagreement`)."
     )
-
-
-def key(text: str, text_pair: str | None) -> str:
-    """Equal for texts that differ only in case, spacing and punctuation; a hash, so that a store's keys fit in memory."""
-    plain = "\x1f".join(letters(part) or part for part in (text, text_pair or ""))
-    return hashlib.blake2b(plain.encode(), digest_size=12).hexdigest()
-
-
-def letters(text: str) -> str:
-    """Letters, numbers and combining marks (the vowel signs of many scripts) in lower case."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if unicodedata.category(c)[0] in "LNM")
 
 
 def has_text(row: dict[str, Any]) -> bool:
@@ -107,17 +105,18 @@ def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
     return chunks
 
 
-def reject_reason(row: dict[str, Any], source: str, held_out: set[str], seen: set[str], config: AnnotateConfig) -> str | None:
-    """Why a row does not enter the store, or None. The first that applies, in this order."""
+def reject_reason(row: dict[str, Any], source: str, held_out: HeldOut, seen: set[str], config: AnnotateConfig) -> str | None:
+    """Why a row does not enter the store, or None. The first that applies, in this order; near duplicates are found later, among the rows left."""
     if not has_text(row):
         return "empty"
-    code = key(row["text"], row["text_pair"])
-    if code in held_out:
+    text = row["text"], row["text_pair"]
+    if held_out.equals(text) or (source != "task" and held_out.copied(text)):
         return "leakage"
-    if source != "task" and len(row["text"].split()) < config.min_words:
+    if source != "task" and len(words(row["text"])) < config.min_words:
         return "too_short"
     if source == "generated" and not row["finished"] and not config.keep_unfinished:
         return "unfinished"
+    code = key(*text)
     if code in seen:
         return "duplicate"
     if source != "task" and len(row["probs"]) > 1:
@@ -132,22 +131,23 @@ def reject_reason(row: dict[str, Any], source: str, held_out: set[str], seen: se
 def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `store/` (kept rows) and `rejected/` (the others, with `reason`), part by part.
 
-    1. Annotate what an interrupted run left undone.  2. Decide row by row, in source order, and write.  3. Count.
+    1. Annotate what an interrupted run left undone.  2. Decide row by row, in source order.  3. Write, and count.
     """
     # 1. annotate
     scratch, chunks = out["scratch"], sources(inputs)
     complete = set(scratch.files())
-    missing = [c for c in chunks if f"part-{c['part']:05d}.parquet" not in complete]
+    missing = [c for c in chunks if part_name(c) not in complete]
     if missing:
         workers = plan(config, "annotate")
         with track("annotate", sum(c["rows"] for c in missing), "rows") as progress:
             for row in pool(PartWriter, (config, inputs["teacher"], scratch, workers.threads), missing, workers):
                 progress.advance(int(row["rows"]))
 
-    # 2. decide and write
-    by_source, reasons = decide(config, chunks, inputs, out)
+    # 2. decide
+    reasons_of = decide(config, chunks, inputs["task"], scratch)
 
-    # 3. count
+    # 3. write and count
+    by_source, reasons = write(chunks, reasons_of, inputs, out)
     if not by_source:
         raise ConfigError(f"the store would be empty: all rows were rejected ({dict(reasons)}); loosen the keys of `annotate:`")
     kept = sum(by_source.values())
@@ -157,21 +157,44 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     return {"kept": kept, "rejected": sum(reasons.values())} | ({"reasons": dict(reasons)} if reasons else {})
 
 
-def decide(
-    config: AnnotateConfig, chunks: list[dict[str, Any]], inputs: dict[str, Folder], out: dict[str, Folder]
+def decide(config: AnnotateConfig, chunks: list[dict[str, Any]], task: Folder, scratch: Folder) -> list[list[str | None]]:
+    """Why each annotated row is rejected, or None, by chunk. A function of the rows and their order alone."""
+    held_out = HeldOut([t for split in ("validation", "test") for t in texts_of(task.read_table(f"{split}.parquet"))])
+    seen: set[str] = set()
+    reasons: list[list[str | None]] = []
+    rows, places, fixed = [], [], []  # what is left: shingles, (chunk, row in it), whether it is the task's own
+    for number, chunk in enumerate(chunks):
+        source = chunk["source"]
+        records = scratch.read_table(part_name(chunk), READ).to_pylist()
+        reasons.append([reject_reason(record, source, held_out, seen, config) for record in records])
+        if config.near_duplicates < 1:
+            for i, record in enumerate(records):
+                if reasons[-1][i] is None:
+                    rows.append(shingles((record["text"], record["text_pair"])))
+                    places.append((number, i))
+                    fixed.append(source == "task")
+    for row in np.flatnonzero(near_duplicates(rows, np.array(fixed, bool), config.near_duplicates) >= 0):
+        number, i = places[row]
+        reasons[number][i] = "near_duplicate"
+    return reasons
+
+
+def part_name(chunk: dict[str, Any]) -> str:
+    return f"part-{chunk['part']:05d}.parquet"
+
+
+def write(
+    chunks: list[dict[str, Any]], reasons_of: list[list[str | None]], inputs: dict[str, Folder], out: dict[str, Folder]
 ) -> tuple[Counter[str], Counter[str]]:
     """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason."""
     task = Task.read(inputs["task"])
-    held_out = {key(*t) for split in ("validation", "test") for t in texts_of(inputs["task"].read_table(f"{split}.parquet"))}
     created_by = inputs["generated"].read_json(MANIFEST)["fingerprint"][:16]
-    seen: set[str] = set()
     by_source, reasons = Counter[str](), Counter[str]()
     width = 0
-    for chunk in chunks:
-        name, kept, rejected, why = f"part-{chunk['part']:05d}.parquet", [], [], []
-        for record in out["scratch"].read_table(name).to_pylist():
+    for chunk, found in zip(chunks, reasons_of, strict=True):
+        kept, rejected, why = [], [], []
+        for record, reason in zip(out["scratch"].read_table(part_name(chunk)).to_pylist(), found, strict=True):
             row = store_row(record, chunk["source"], created_by, task)
-            reason = reject_reason(record, chunk["source"], held_out, seen, config)
             if reason:
                 rejected.append(row)
                 why.append({"reason": reason})
@@ -180,8 +203,8 @@ def decide(
             width = width or len(row.teacher_embedding or ())  # task rows come first and have text
         reasons.update(w["reason"] for w in why)
         by_source.update(row.source for row in kept)
-        out["store"].write_table(name, table_of(kept, store_schema(width)))
-        out["rejected"].write_table(name, table_of(rejected, rejected_schema(width), why))
+        out["store"].write_table(part_name(chunk), table_of(kept, store_schema(width)))
+        out["rejected"].write_table(part_name(chunk), table_of(rejected, rejected_schema(width), why))
     return by_source, reasons
 
 

@@ -12,18 +12,31 @@ import torch
 from torch import Tensor
 
 from retrikt_ray.teacher import lm
+from retrikt_ray.teacher.base import Base, Chat, model_path
+from retrikt_ray.teacher.packed import pack
+from retrikt_ray.teacher.prefix import begin_like, prefix_embeddings, run_prefix
+from retrikt_ray.teacher.sampling import Sampling
+
+GPU_SHARE = 0.9  # of a GPU's memory that vLLM may take
 
 
-class Sampling(NamedTuple):
-    """How a token is drawn."""
+class Order(NamedTuple):
+    """What is to be written, and on what."""
 
-    temperature: float
-    top_k: int  # 0: among all tokens
-    top_p: float
+    base: str  # checkpoint
+    dtype: str
+    chat: Chat
+    soft: Tensor  # (C, S, d) soft prompts
+    templates: list[str]  # C readable starts
+    max_tokens: int
+    lines: int  # of a text
+    sampling: Sampling
+    gpus: float  # of this worker
+    starts: dict[str, int]  # labelled rows by how they begin (`start_of`)
 
 
 class Generated(NamedTuple):
-    """A text, its number of tokens (<eos> included), and whether it ended by itself."""
+    """A text, its number of tokens (the one that ended it included), and whether it ended by itself."""
 
     text: str
     tokens: int
@@ -38,46 +51,48 @@ class Engine(Protocol):
 class TransformersEngine:
     """The base in this process; prefixes' keys and values are computed once."""
 
-    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, sampling: Sampling) -> None:
-        self.base, self.max_tokens, self.sampling = lm.Base.load(base, dtype), max_tokens, sampling
+    def __init__(self, order: Order) -> None:
+        self.order, self.base = order, Base.load(order.base, order.dtype, order.chat)
+        pack(self.base.model)
         with torch.no_grad():
-            self.prefix = lm.run_prefix(self.base, soft.to(self.base.device), templates)
+            prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
+            self.prefix = begin_like(self.base, prefix, order.starts, order.sampling.temperature)
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
-        rows = torch.tensor(conditions, device=self.base.device)
-        ids, mask = lm.sample(self.base, self.prefix, rows, seeds, self.max_tokens, *self.sampling)
-        finished = ((ids == self.base.eos) & mask.bool()).any(1).tolist()
-        texts = self.base.decode(ids, mask)
-        return [Generated(t, int(n), f) for t, n, f in zip(texts, mask.sum(1).tolist(), finished, strict=True)]
+        rows, lines = torch.tensor(conditions, device=self.base.device), self.order.lines
+        written = lm.sample(self.base, self.prefix, rows, seeds, self.order.max_tokens, self.order.sampling, lines)
+        texts = self.base.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return [Generated(t, len(ids), self.base.ends(ids, lines)) for t, ids in zip(texts, written, strict=True)]
 
 
 class VllmEngine:
     """vLLM with prompt embeddings: it has no prompt adapters any more, but takes the prefix as vectors and caches it."""
 
-    def __init__(self, base: str, dtype: str, soft: Tensor, templates: list[str], max_tokens: int, sampling: Sampling) -> None:
+    def __init__(self, order: Order) -> None:
         from vllm import LLM
 
-        self.max_tokens, self.sampling = max_tokens, sampling
-        table = lm.Base.load(base, "float32")  # only its embeddings are needed; let go of before vLLM takes the GPU's memory
-        self.eos = table.eos
-        self.prefixes = lm.prefix_embeddings(table, soft.to(table.device), templates)
-        self.prefixes = [p.detach().cpu() for p in self.prefixes]
-        del table
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.llm = LLM(model=lm.model_path(base), dtype=dtype, enable_prompt_embeds=True)
+        base = Base.hollow(order.base, order.chat)
+        self.order, self.stops = order, sorted(base.stops)
+        self.prefixes = [prefix.detach() for prefix in prefix_embeddings(base, order.soft, order.templates)]
+        self.llm = LLM(
+            model=model_path(order.base),
+            dtype=order.dtype,
+            enable_prompt_embeds=True,
+            max_model_len=max(map(len, self.prefixes)) + order.max_tokens,
+            tensor_parallel_size=max(1, int(order.gpus)),
+            gpu_memory_utilization=GPU_SHARE * min(order.gpus or 1, 1),  # workers may share a GPU
+        )
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
         from vllm import SamplingParams
 
-        c = self.sampling
+        o = self.order
+        common: dict[str, Any] = {"temperature": o.sampling.temperature, "top_k": o.sampling.top_k or -1, "top_p": o.sampling.top_p}
+        common |= {"max_tokens": o.max_tokens, "stop_token_ids": self.stops, "stop": ["\n"] if o.lines == 1 else []}
         prompts = [{"prompt_embeds": self.prefixes[i]} for i in conditions]
-        params = [
-            SamplingParams(temperature=c.temperature, top_k=c.top_k or -1, top_p=c.top_p, max_tokens=self.max_tokens, seed=s >> 1)
-            for s in seeds
-        ]
-        outputs = [o.outputs[0] for o in self.llm.generate(prompts, params, use_tqdm=False)]
-        return [Generated(o.text, len(o.token_ids), o.finish_reason == "stop") for o in outputs]
+        params = [SamplingParams(seed=s >> 1, **common) for s in seeds]
+        outputs = [out.outputs[0] for out in self.llm.generate(prompts, params, use_tqdm=False)]
+        return [Generated(out.text, len(out.token_ids), out.finish_reason == "stop") for out in outputs]
 
 
 ENGINES: dict[str, Any] = {"transformers": TransformersEngine, "vllm": VllmEngine}

@@ -22,6 +22,7 @@ GENERATED = pa.schema(  # of `generated/`
         ("condition", pa.int32()),  # what the text was asked to be
         ("finished", pa.bool_()),  # ended by <eos>, not by the length limit
         ("tokens", pa.int32()),
+        ("error", pa.string()),  # why there is no text
     ]
 )
 ANNOTATED = pa.schema(  # of what annotators hand over, whatever the source; null where the source has no such column, or the text is empty

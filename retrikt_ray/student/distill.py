@@ -26,7 +26,7 @@ def distill_loop(config: dict[str, Any]) -> None:
     from retrikt_ray.runtime.training import Session
     from retrikt_ray.student.fit import fit, untrained
     from retrikt_ray.student.rows import joined_rows, load_store, load_validation
-    from retrikt_ray.teacher.lm import pick_device
+    from retrikt_ray.teacher.base import pick_device
 
     torch.set_num_threads(config["threads"])
     c, seed = DistillConfig(**config["section"]), config["seed"]

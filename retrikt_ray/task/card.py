@@ -51,6 +51,11 @@ class Task:
         """The readable start of a generated text, by condition."""
         return [self.template.format(label=name) for name in self.conditions]
 
+    @property
+    def lines(self) -> int:
+        """Lines of a generated text."""
+        return 2 if self.pair else 1
+
     def named(self, answer: np.ndarray) -> tuple[str, float]:
         """The label of an answer (outputs,) and its probability; in regression the value as text and as number."""
         if self.regression:

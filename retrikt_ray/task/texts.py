@@ -43,11 +43,9 @@ def joined(text: Text, by: str = "\n") -> str:
 
 
 def split_pair(sequence: str, pair: bool) -> Text:
-    """What a language model wrote, as a text; two lines in pair tasks. A missing second line is an empty text."""
-    if not pair:
-        return tidy(sequence), None
-    first, _, second = sequence.strip().partition("\n")
-    return tidy(first), tidy(second)
+    """What a language model wrote, as a text: its first line; in pair tasks its first two. A missing second line is an empty text."""
+    first, second, *_ = [*sequence.strip().split("\n", 2), ""]
+    return tidy(first), tidy(second) if pair else None
 
 
 def texts_of(table: pa.Table) -> list[Text]:

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.task.texts import Text, joined
-from retrikt_ray.teacher.lm import model_path, pick_device, pick_dtype
+from retrikt_ray.teacher.base import model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
 TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6

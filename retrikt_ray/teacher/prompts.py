@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.teacher.lm import Base
+from retrikt_ray.teacher.base import Base
 
 
 class SoftPrompt(nn.Module):

@@ -10,7 +10,8 @@ Left out on purpose: early stopping. Both trainings are a fixed number of epochs
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections import Counter
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -20,7 +21,7 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, texts_of
 
-VERSION = 3
+VERSION = 4
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 
@@ -32,6 +33,10 @@ class TeachConfig(Scaled):
         "auto",
         pattern="^(auto|float32|bfloat16|float16)$",
         description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs.",
+    )
+    chat: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether the base is talked to in chat: prepare.template is what the user says, the text what it answers. auto: if its chat template ends a turn as the model ends a text.",
     )
     annotator: str = Field(
         "base",
@@ -64,11 +69,13 @@ def prompt_loop(config: dict[str, Any]) -> None:
 
     from retrikt_ray.runtime import training
     from retrikt_ray.teacher import lm, prompts
+    from retrikt_ray.teacher.base import Base
+    from retrikt_ray.teacher.prefix import Prefix, run_prefix_of
 
     c, task = TeachConfig(**config["section"]), config["task"]
     table = config["task_folder"].read_table("train.parquet")
     texts, conditions = [joined(t) for t in texts_of(table)], table["condition"].to_pylist()
-    base = lm.Base.load(c.base, c.dtype)
+    base = Base.load(c.base, c.dtype, c.chat)
     prefixes = task.prefixes
     groups = [[t for t, own in zip(texts, conditions, strict=True) if own == i] for i in range(len(prefixes))]
     prompt = prompts.from_texts(base, groups, c.shared_tokens, c.class_tokens, config["seed"]).to(base.device)
@@ -76,7 +83,7 @@ def prompt_loop(config: dict[str, Any]) -> None:
     batches = list(training.epoch_batches(len(texts), c.prompt_batch, c.prompt_epochs, config["seed"]))
     session = training.Session(config, optimizer, dict(prompt.state_dict(keep_vars=True)), len(batches))
 
-    def text_log_prob(prefix: lm.Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    def text_log_prob(prefix: Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         logits, _ = lm.score(base, prefix, rows, ids, mask)
         return (lm.log_probs_of(logits, ids) * mask).sum(1)
 
@@ -86,7 +93,7 @@ def prompt_loop(config: dict[str, Any]) -> None:
         ids, mask = base.encode([texts[row] for row in rows], c.max_tokens, after=prefixes[0])
         right = torch.tensor([conditions[row] for row in rows], device=base.device)
         wrong = torch.tensor([rivals[row] for row in rows], device=base.device)
-        prefix, (right, wrong) = lm.run_prefix_of(base, prompt(), prefixes, right, wrong)
+        prefix, (right, wrong) = run_prefix_of(base, prompt(), prefixes, right, wrong)
         log_p = text_log_prob(prefix, right, ids, mask)
         loss = -(log_p / mask.sum(1)).mean()
         note = f"loss {loss.item():.3f}"
@@ -153,6 +160,7 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     import ray
 
     from retrikt_ray.runtime.training import launch
+    from retrikt_ray.teacher.base import start_of
 
     workers = plan(config, "teach", cpus=2, grow=False)
     teacher, task = out["teacher"], Task.read(inputs["task"])
@@ -176,9 +184,18 @@ def teach(config: TeachConfig, inputs: dict[str, Folder], out: dict[str, Folder]
 
     # 3. calibrate and assess it
     judged = ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(assess).remote(teacher, inputs["task"], workers.threads))
+    starts = Counter(start_of(joined(text)) for text in texts_of(inputs["task"].read_table("train.parquet")))
     teacher.write_json(
         "teacher.json",
-        {"base": config.base, "dtype": config.dtype, "annotator": config.annotator, "max_tokens": config.max_tokens} | judged,
+        {
+            "base": config.base,
+            "dtype": config.dtype,
+            "chat": config.chat,
+            "starts": starts,
+            "annotator": config.annotator,
+            "max_tokens": config.max_tokens,
+        }
+        | judged,
     )
     return {"annotator": config.annotator, "parameters": judged["parameters"], "validation": judged["validation"]}
 

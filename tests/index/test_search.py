@@ -14,9 +14,9 @@ from making.vectors import make_index, quarters, seal
 
 from retrikt_ray.index import search
 from retrikt_ray.index.search import Searcher, merge
+from retrikt_ray.knowledge.actors import ActorSearcher
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.actors import ActorSearcher
 
 NONE = -np.inf
 SHARDS = (1, 2, 3, 7, 16)

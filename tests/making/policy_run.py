@@ -68,7 +68,7 @@ def make_teacher(root: Folder, base_path: str) -> None:
     annotator = Annotator.start("prompt", base_path, "auto", task.outputs, 3, MAX_TOKENS)
     torch.nn.init.normal_(annotator.head.weight, std=0.3)
     annotator.save(teacher, "prompt", base_path, "auto")
-    teacher.write_json("teacher.json", {"base": base_path, "dtype": "auto", "max_tokens": MAX_TOKENS})
+    teacher.write_json("teacher.json", {"base": base_path, "dtype": "auto", "chat": False, "max_tokens": MAX_TOKENS})
 
 
 @dataclass

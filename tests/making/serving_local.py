@@ -9,19 +9,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
-from ray import serve
+from starlette.types import ASGIApp
 
 from making.tiny_run import LABELS
 from retrikt_ray.knowledge.view import Hits
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.serving.app import build_app
-from retrikt_ray.serving.replica import Endpoint, build_api
+from retrikt_ray.serving.replica import Endpoint
+from retrikt_ray.serving.routes import build_api
 
 JSON = {"Content-Type": "application/json"}
 
@@ -29,15 +28,15 @@ JSON = {"Content-Type": "application/json"}
 class Local:
     """An API, and the event loop that it answers in. root_path: the route prefix that it is served under."""
 
-    def __init__(self, api: FastAPI, root_path: str = "") -> None:
+    def __init__(self, api: ASGIApp, root_path: str = "") -> None:
         self.loop = asyncio.Runner()
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app=api, root_path=root_path), base_url="http://local")
 
     def request(self, method: str, path: str, **more: Any) -> httpx.Response:
         return self.loop.run(self.client.request(method, path, **more))
 
-    def get(self, path: str) -> httpx.Response:
-        return self.request("GET", path)
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.request("GET", path, headers=headers)
 
     def post(self, route: str, body: Any) -> httpx.Response:
         return self.send(json.dumps(body), route)
@@ -69,25 +68,13 @@ class Replica(Local):
 
 @contextmanager
 def replica(run: str, **args: Any) -> Iterator[Replica]:
-    """Open a replica as Serve does, but for the actor.
-
-    Serve keeps one queue of requests per class, since a process holds one replica; here, each replica is of a class of its own. What Serve tells
-    a replica of itself is the configuration of its deployment.
-    """
-    unbatched: Any = Endpoint
-
-    class Alone(Endpoint):
-        predict_batch = serve.batch(unbatched.predict_batch.__wrapped__)
-        retrieve_batch = serve.batch(unbatched.retrieve_batch.__wrapped__)
-
-    app: Any = build_app({"run": run, **args})
-    context = mock.Mock(_deployment_config=app._bound_deployment._deployment_config)
-    with mock.patch.object(serve, "get_replica_context", return_value=context):
-        yield Replica(Alone(app._bound_deployment.init_args[0]))
+    """Open a replica as Serve does, but for the actor; everybody may read and write unless `open` says else."""
+    app: Any = build_app({"run": run, "open": "write", **args})
+    yield Replica(Endpoint(app._bound_deployment.init_args[0]))
 
 
 @contextmanager
-def listening(api: FastAPI) -> Iterator[str]:
+def listening(api: ASGIApp) -> Iterator[str]:
     """The API on a free loopback port; its URL."""
     server = uvicorn.Server(uvicorn.Config(api, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)

@@ -31,7 +31,7 @@ def start(root: Folder, base: lm.Base) -> Callable[..., tuple[Agent, LoneSession
     """Makes an agent at the supervised prompt and a session that trains it."""
 
     def make(c: ReinforceConfig, world: int = 1) -> tuple[Agent, LoneSession]:
-        agent = Agent(base, prompts.load_prompts(root / "teacher"), make_task().prefixes, MAX_TOKENS, seed=SEED)
+        agent = Agent(base, prompts.load_prompts(root / "teacher"), make_task().prefixes, MAX_TOKENS, make_task().lines, SEED)
         optimizer = agent.optimizer(c.learning_rate, c.value_learning_rate)
         return agent, LoneSession({"seed": SEED}, optimizer, agent.tensors(), c.steps, world)
 

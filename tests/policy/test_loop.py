@@ -10,11 +10,13 @@ import torch
 from making.policy_run import SEED, ScriptedRewards
 from torch.testing import assert_close
 
-from retrikt_ray.policy import loop, ppo, rewards
+from retrikt_ray.policy import loop, ppo
 from retrikt_ray.policy.loop import Agent, History
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.policy.reward_model import Rewards
+from retrikt_ray.task import words
 from retrikt_ray.teacher import lm
+from retrikt_ray.teacher.prefix import prefix_embeddings, run_prefix
 
 FIRST = {"step": 0, "reward": 1.0, "kl": 0.0, "distinct_2": 0.8, "terminated": 0.9}
 ROWS = list(range(8))
@@ -84,7 +86,7 @@ def test_log_probs_are_of_the_policy_and_of_the_supervised_prompt(start) -> None
     for soft, got in ((agent.policy.detach(), rollout.log_probs), (agent.best, rollout.ref_log_probs)):
         for row in range(3):  # each alone, the whole sequence at once
             condition, length = int(rollout.conditions[row]), int(rollout.mask[row].sum())
-            prefix = lm.prefix_embeddings(agent.base, soft, agent.prefixes)[condition]
+            prefix = prefix_embeddings(agent.base, soft, agent.prefixes)[condition]
             ids = rollout.ids[row, :length]
             with torch.no_grad():
                 logits = agent.base.model(inputs_embeds=torch.cat([prefix, agent.base.embed(ids)])[None]).logits[0, len(prefix) - 1 : -1]
@@ -153,7 +155,7 @@ def test_an_update_makes_good_texts_likelier_and_bad_ones_less_likely(start) -> 
     rollout, advantages = rolled_out(agent)
     session.set_rate(0)
     assert loop.update(agent, session, rollout, advantages, advantages, [ROWS] * 2, clip=0.2, stop_kl=9.0) == 2
-    prefix = lm.run_prefix(agent.base, agent.policy, agent.prefixes)
+    prefix = run_prefix(agent.base, agent.policy, agent.prefixes)
     with torch.no_grad():
         log_probs = lm.log_probs_of(lm.score(agent.base, prefix, rollout.conditions, rollout.ids, rollout.mask.long())[0], rollout.ids)
     gain = ((log_probs - rollout.log_probs) * rollout.mask).sum(1)
@@ -204,8 +206,8 @@ def test_watch(start) -> None:
     assert first["kl"] == 0.0 and model.reservoir == []  # held-out texts are no earlier texts
     seeds = [loop.rollout_seed(SEED, "watch", row) for row in range(6)]
     generated = loop.generate(agent, torch.tensor([0, 1, 0, 1, 0, 1]), seeds)
-    assert first["distinct_2"] == pytest.approx(rewards.distinct(generated.texts), abs=1e-5)
-    assert first["self_bleu"] == pytest.approx(rewards.self_bleu(generated.texts).mean(), abs=1e-5)
+    assert first["distinct_2"] == pytest.approx(words.distinct(generated.texts), abs=1e-5)
+    assert first["self_bleu"] == pytest.approx(words.self_bleu(generated.texts).mean(), abs=1e-5)
     with torch.no_grad():
         agent.policy.add_(torch.randn(agent.policy.shape, generator=torch.Generator().manual_seed(0)))
     assert loop.watch(agent, model, 6, 8, seed=SEED)["kl"] > 1
@@ -214,7 +216,5 @@ def test_watch(start) -> None:
 def test_watch_counts_texts_that_end(start, monkeypatch: pytest.MonkeyPatch) -> None:
     agent, _ = start(config())
     end = agent.base.eos
-    ids = torch.tensor([[5, end, end], [5, 6, 7], [end, end, end], [5, 6, end]])
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 1]])
-    monkeypatch.setattr(loop.lm, "sample", lambda *_: (ids, mask))
+    monkeypatch.setattr(loop.lm, "sample", lambda *_: [[5, end], [5, 6, 7], [end], [5, 6, end]])
     assert loop.watch(agent, ScriptedRewards([0.0], 4), 4, 0, seed=SEED)["terminated"] == 0.75

@@ -99,9 +99,9 @@ def test_a_pair_is_two_lines(base: lm.Base) -> None:
     assert judge(made, ["film\ndull", "dull plot"], [0, 0]).terms["novelty"].tolist() == [0.0, 0.0]  # both rows hold the two in this order
 
 
-def test_a_text_that_is_no_pair_is_one_line(base: lm.Base) -> None:
+def test_a_text_that_is_no_pair_is_its_first_line(base: lm.Base) -> None:
     made, annotator = model(base)
-    judge(made, ["fine\n film ", "dull"], [1, 0])
+    judge(made, [" fine  film \nand more", "dull"], [1, 0])
     assert annotator.asked == [("fine film", None), ("dull", None)]
 
 

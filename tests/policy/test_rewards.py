@@ -16,12 +16,6 @@ def close(got: np.ndarray, want: list[float]) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
-def test_words_and_ngrams() -> None:
-    assert rewards.words(" A fine\tFilm\n") == ["a", "fine", "film"]
-    assert rewards.ngrams(["a", "b", "c"], 2) == [("a", "b"), ("b", "c")]
-    assert rewards.ngrams(["a", "b"], 3) == []
-
-
 def test_fidelity_is_the_log_of_the_asked_class_with_a_floor() -> None:
     probs = np.array([[0.25, 0.75], [0.25, 0.75], [1.0, 0.0]])
     close(rewards.fidelity(probs, np.array([0, 1, 1])), [math.log(0.25), math.log(0.75), math.log(1e-4)])
@@ -31,29 +25,11 @@ def test_closeness() -> None:
     close(rewards.closeness(np.array([1.0, 4.0]), np.array([3.0, 3.5]), scale=2.0), [-1.0, -0.25])
 
 
-def test_self_bleu() -> None:
-    # "a b c" against {"a b d", "x"}: unigrams 2/3, bigrams 1/2, trigrams 0/1. "x": unigrams 0/1, no higher orders.
-    first = (2 / 3 + 1 / 2 + 0) / 3
-    close(rewards.self_bleu(["a b c", "A b d", "x"]), [first, first, 0.0])
-
-
-def test_self_bleu_clips_repeated_ngrams_by_one_other_text() -> None:
-    # "a a a" against "a a" and "a": the best other has "a" twice: 2/3; "a a" twice against once: 1/2; trigram 0/1.
-    # "a a": unigrams min(2, 3) of 2, bigram min(1, 2) of 1: both 1. "a": 1.
-    close(rewards.self_bleu(["a a a", "a a", "a"]), [(2 / 3 + 1 / 2) / 3, 1.0, 1.0])
-
-
-def test_self_bleu_limits() -> None:
-    close(rewards.self_bleu(["p q r s", "p q r s"]), [1.0, 1.0])
-    close(rewards.self_bleu(["p q r", "s t u"]), [0.0, 0.0])
-    close(rewards.self_bleu(["", "p"]), [1.0, 0.0])  # an empty text has no variety
-    close(rewards.self_bleu(["p q r", "s q t"], top=1), [1 / 3, 1 / 3])
-
-
 def test_novelty() -> None:
     seen = {("a", "fine"), ("fine", "film")}
     # "a fine plot": 1 of 2 bigrams is new; "a fine film": none; one word has no bigrams.
     close(rewards.novelty(["A fine plot", "a fine film", "plot", "b c d"], seen), [0.5, 0.0, 0.0, 1.0])
+    close(rewards.novelty(["电影好", "电影"], {("电", "影")}), [0.5, 0.0])  # without spaces, by character
 
 
 def test_domain_is_the_mean_of_the_k_best_cosines() -> None:
@@ -116,16 +92,6 @@ def test_terms_read_what_they_should() -> None:
 def test_fidelity_in_regression_is_closeness_to_the_condition() -> None:
     # Asked for 5 and 1, found 2 and 1.5, spread 2.
     close(rewards.TERMS["fidelity"](batch(regression=True)), [-1.5, -0.25])
-
-
-def test_bigrams() -> None:
-    assert rewards.bigrams(["a b a b", "B c", "d"]) == {("a", "b"), ("b", "a"), ("b", "c")}
-
-
-def test_distinct() -> None:
-    assert rewards.distinct(["a b a b", "a b"]) == pytest.approx(2 / 4)  # ab ba ab, ab
-    assert rewards.distinct(["a b a b", "a b"], n=1) == pytest.approx(2 / 6)
-    assert rewards.distinct(["a", ""]) == 0.0
 
 
 def test_custom_term() -> None:

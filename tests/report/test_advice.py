@@ -20,7 +20,15 @@ FINE: dict[str, Any] = {
         "tfidf_labels": {"difference": 0.09, "ci95": 0.03},
     },
     "teacher_over_tfidf": {"difference": 0.1, "ci95": 0.04},
-    "store": {"agreement": 0.7, "begin_with_a_letter": {"generated": 0.97, "task": 1.0}},
+    "store": {
+        "generated": 1000,
+        "by_source": {"task": 256, "generated": 900},
+        "rejected": {"empty": 10, "near_duplicate": 60, "too_short": 30},
+        "repeated": 0.06,
+        "agreement": 0.7,
+        "begin_with_a_letter": {"generated": 0.97, "task": 1.0},
+        "off_task": {"task": 0.05, "unlabelled": 0.4, "generated": 0.6},
+    },
 }
 
 
@@ -50,7 +58,11 @@ def test_a_good_run_needs_no_advice() -> None:
         ("retrieval_adds_nothing", "paired/student_kd_store", {"difference": -0.02, "ci95": 0.01}, {"difference": 0.0, "ci95": 0.01}),
         ("cheaper_is_better", "paired/tfidf_store", {"difference": -0.03, "ci95": 0.02}, {"difference": -0.01, "ci95": 0.02}),
         ("generated_off_label", "store/agreement", 0.3, 0.38),  # 4 classes: chance 0.25, wanted 0.375
-        ("generated_off_task", "store/begin_with_a_letter", {"generated": 0.8, "task": 1.0}, {"generated": 0.96, "task": 1.0}),
+        ("generated_off_task", "store/off_task", {"task": 0.05, "generated": 0.71}, {"task": 0.05, "generated": 0.7}),
+        ("generated_begin_otherwise", "store/begin_with_a_letter", {"generated": 0.8, "task": 1.0}, {"generated": 0.96, "task": 1.0}),
+        ("generated_lost", "store/by_source", {"task": 256, "generated": 499}, {"task": 256, "generated": 500}),
+        ("generated_lost", "store/by_source", {"task": 256}, {"task": 256, "generated": 500}),
+        ("generator_repeats_itself", "store/repeated", 0.11, 0.1),
         ("too_few_rows", "rows/validation", 99, 100),
     ],
 )
@@ -62,7 +74,10 @@ def test_a_rule_speaks_where_its_condition_holds(rule: str, path: str, value: An
 def test_what_a_report_lacks_is_not_advised_on() -> None:
     bare = FINE | {"paired": {}, "teacher_over_tfidf": None, "store": {}, "labels": []}
     assert rules(bare) == []
-    assert rules(FINE | {"store": {"agreement": None, "begin_with_a_letter": {"task": 1.0}}}) == []
+    assert (
+        rules(FINE | {"store": {"agreement": None, "begin_with_a_letter": {"task": 1.0}, "off_task": {"task": 0.05}, "repeated": None}})
+        == []
+    )
 
 
 def test_advice_names_what_was_measured_and_what_to_change() -> None:
@@ -75,6 +90,13 @@ def test_advice_names_what_was_measured_and_what_to_change() -> None:
     assert next(iter(texts)) == "cheaper_is_better"  # and first
 
 
+def test_advice_names_the_commonest_reason_of_rejection() -> None:
+    lost = changed("store/by_source", {"task": 256})
+    lost["store"]["rejected"] = {"too_short": 10, "empty": 990}
+    (advice,) = advise(lost)
+    assert advice["text"].startswith("Only 0 of 1,000 generated texts became rows; most were rejected as empty (990).")
+
+
 def test_every_rule_is_tried_here() -> None:
     assert {rule.__name__ for rule in RULES} == {
         "teacher_no_better",
@@ -83,5 +105,8 @@ def test_every_rule_is_tried_here() -> None:
         "cheaper_is_better",
         "generated_off_label",
         "generated_off_task",
+        "generated_begin_otherwise",
+        "generated_lost",
+        "generator_repeats_itself",
         "too_few_rows",
     }

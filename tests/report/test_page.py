@@ -23,6 +23,31 @@ SCORES = {  # per seed
 }
 
 
+DRAWN = {"id": "g-0", "text": "* a film", "text_pair": None, "source": "generated", "asked": "a good film", "label": "good", "score": 0.72}
+STORE = {  # as `store_card` has it
+    "generated": 2909,
+    "kept": 2500,
+    "rejected": {"duplicate": 412},
+    "by_source": {"generated": 2372, "task": 128},
+    "repeated": 0.14,
+    "agreement": 0.61,
+    "classes": [
+        {"label": "bad", "rows": {"task": 64, "generated": 1301}, "asked": 1190, "agreement": 0.58},
+        {"label": "good", "rows": {"task": 64, "generated": 1071}, "asked": 1182, "agreement": None},
+    ],
+    "begin_with_a_letter": {"task": 1.0, "generated": 0.83},
+    "lengths": {"task": {"low": 5, "median": 17.5, "high": 34.6}, "generated": {"low": 20, "median": 37, "high": 43}},
+    "variety": {
+        "task": {"rows": 128, "distinct_1": 0.43, "distinct_2": 0.904, "self_bleu": 0.27},
+        "generated": {"rows": 128, "distinct_1": 0.24, "distinct_2": 0.71, "self_bleu": 0.43},
+    },
+    "off_task": {"task": 0.05},
+    "confidence": {"generated": [0, 0, 0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0]},
+    "rows": [DRAWN | {"agrees": True}, DRAWN | {"text": "dull", "label": "bad", "score": 0.9, "agrees": False}],
+    "rejected_rows": [{"id": "g-9", "text": "a film a film", "text_pair": None, "source": "generated", "reason": "near_duplicate"}],
+}
+
+
 def system(score: float, parameters: int, latency_ms: float) -> dict[str, Any]:
     return {"score": {"mean": score, "ci95": 0.02, "per_seed": [score]}, "parameters": parameters, "latency_ms": latency_ms}
 
@@ -46,7 +71,7 @@ def make_report(seed: int = 0) -> dict[str, Any]:
         "systems": systems,
         "ci95_of": "test rows",
         "paired": {n: {"difference": SCORES["retrikt"][seed] - s[seed], "ci95": 0.004} for n, s in others.items()},
-        "store": {"generated": 2909, "kept": 2500, "rejected": {"duplicate": 412}, "by_source": {"generated": 2372, "task": 128}},
+        "store": STORE,
         "rl": {
             "steps": [1, 2, 3],
             "terms": {"fidelity": [0.1, 0.2, 0.3], "reward": [0.3, 0.4, 0.5]},
@@ -182,7 +207,7 @@ def test_figures_name_every_system_and_leave_no_placeholder_colour(page: str):
     size, latency, *rest = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     for title in ("Teacher", "RetriKT", "Student, KD on labels", "TF-IDF on labels", "Majority"):
         assert f">{title}</text>" in size and f">{title}</text>" in latency
-    assert len(rest) == 3 + 2  # reward, fidelity, self_bleu; store size, reliability
+    assert len(rest) == 3 + 1 + 2  # reward, fidelity, self_bleu; confidence; store size, reliability
     assert not re.search(r"#0[1-5]0[1-5]0[1-5]\b", page)
     assert "var(--accent)" in size
     assert "stroke-dasharray" in size and "stroke-dasharray" not in latency  # majority has no parameters: a dotted line
@@ -193,13 +218,24 @@ def test_user_texts_are_escaped():
     report = make_report() | {"task": attack, "labels": [attack]}
     report["teacher"]["name"] = attack
     report["systems"][attack] = system(0.4, 10, 1.0)  # its name goes into the figures, too
-    report["store"] |= {"rejected": {attack: 3}, "by_source": {attack: 4}}
+    drawn = [DRAWN | {"text": attack, "asked": attack, "label": attack, "source": attack, "agrees": True}]
+    rejected = [STORE["rejected_rows"][0] | {"text": attack, "reason": attack, "source": attack}]
+    classes = [STORE["classes"][0] | {"label": attack}]
+    report["store"] = STORE | {
+        "rejected": {attack: 3},
+        "by_source": {attack: 4},
+        "classes": classes,
+        "rows": drawn,
+        "rejected_rows": rejected,
+    }
     report["examples"][0] |= {"text": attack, "text_pair": attack, "label": attack, "predicted": attack}
     report["examples"][0]["neighbours"][0] |= {"text": attack, "text_pair": attack, "source": attack, "label": attack}
     page = render(report)
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert('$x$')&lt;/script&gt;</text>") == 2  # no formula either
-    assert words(page).count(attack) == 14  # title, heading, teacher, system, two reasons or sources, four and four of the example
+    assert (
+        words(page).count(attack) == 22
+    )  # title, heading, teacher, system, two reasons or sources, class, four drawn, three rejected, four and four of the example
 
 
 def test_sections_without_data_are_left_out(page: str):
@@ -223,6 +259,12 @@ def test_parts_show_their_figures(page: str):
     assert "marks step 2," in text and "at a collapse: step 3: KL 21.0." in text
     assert "(16 neighbours) student 0.56 dense 0.24 lexical 0.00 ngrams 0.20 " in text and "tau 0" not in text  # of 1.4 + 0.6 + 0.5
     assert "duplicate 412" in text and "generated 2,372" in text
+    assert "task 18 5 – 35 0.43 0.90 0.27 100% 5% generated 37 20 – 43 0.24 0.71 0.43 83% – Variety of 128 rows each" in text
+    assert "Rows by class: 61% of the generated ones are what they were asked to be" in text
+    assert "bad 64 1,301 1,190 58% good 64 1,071 1,182 –" in text
+    assert "2 generated rows at random * a film asked a good film · teacher good (72%) dull asked a good film · teacher bad (90%)" in text
+    assert re.findall(r'teacher\s+<b class="(\w+)">', page) == ["right", "off"]
+    assert "Rejected rows, for example a film a film near duplicate · generated" in text
     assert "Expected calibration error: 0.041" in text
     assert "prepare 0.4 s" in text and "teach 2 min 0 s" in text
     assert re.findall(r'<b class="(\w+)">. (\w+)</b>', page) == [("right", "right"), ("wrong", "wrong")]
@@ -231,8 +273,10 @@ def test_parts_show_their_figures(page: str):
     assert "a fine play similarity 0.83 · generated · good (90%)" in text
 
 
-def test_weights_of_a_report_by_another_version_are_shown_too():
+def test_weights_and_a_store_of_a_report_by_another_version_are_shown_too():
     report = make_report() | {"mixture": {"student": 0.7, "dense": 0.3, "k": 16, "tau": 0.05}}
+    report["store"] = {key: STORE[key] for key in ("generated", "kept", "rejected", "by_source")}
+    assert "duplicate 412" in words(render(report)) and "Variety of" not in words(render(report))
     assert "(16 neighbours) student 0.70 dense 0.30 " in words(render(report))
 
 
@@ -246,6 +290,9 @@ def test_regression_shows_distances_and_three_decimals():
     assert "a fine film ‖ the second" in text and "generated · 2.9 Where" in text
     assert "0.750 ± 0.020" in text and "Pearson correlation" in text
     assert "right ·" not in text and "Reliability" not in text
+    report["store"] = STORE | {"agreement": None, "confidence": {}, "classes": [{"label": "low", "asked": 12, "value": 2.34}]}
+    report["store"]["classes"].append({"label": "high", "asked": 0, "value": None})
+    assert "Asked to be rows mean value low 12 2.34 high 0 –" in words(render(report)) and "How sure" not in words(render(report))
 
 
 def test_the_page_says_what_the_interval_means(page: str):

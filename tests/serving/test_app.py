@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from making.serving_local import JSON, Replica, close_to, replica
 from making.tiny_run import LABELS, TEXTS, make_run
 from pydantic import BaseModel
@@ -30,17 +33,11 @@ from ray.serve.schema import ServeDeploySchema
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.app import build_app, check_port, serve_run
+from retrikt_ray.serving.app import address_of, build_app, free_port, serve_run
 from retrikt_ray.serving.args import parse_args
 
 ROOT = Path(__file__).parents[2]
 QUERY = "a zebra film"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # what is refused before anything starts
@@ -48,7 +45,7 @@ def free_port() -> int:
 
 def test_the_deployment_is_what_the_args_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    app: Any = build_app({"run": "runs/mine", "replicas": 2, "threads": 3, "max_batch": 8, "max_queued": 4})
+    app: Any = build_app({"run": "runs/mine", "replicas": 2, "threads": 3, "max_batch": 8, "max_queued": 4, "open": "read"})
     deployment, config = app._bound_deployment, app._bound_deployment._deployment_config
     assert deployment.init_args[0]["run"] == str(tmp_path / "runs" / "mine")  # a replica's working directory is another
     assert (deployment.num_replicas, deployment.ray_actor_options["num_cpus"]) == (2, 3)
@@ -64,11 +61,11 @@ def test_busy_port_is_an_error_before_anything_starts(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
             serve_run(str(make_run(tmp_path / "run")), "127.0.0.1", port, {})
-    check_port("127.0.0.1", port)
+    address_of("127.0.0.1", port)
     with pytest.raises(ConfigError, match="port: found 70000, expected 1 to 65535"):
-        check_port("127.0.0.1", 70000)
+        address_of("127.0.0.1", 70000)
     with pytest.raises(ConfigError, match=r"cannot listen on no\.such\.host\.invalid:8000"):
-        check_port("no.such.host.invalid", 8000)
+        address_of("no.such.host.invalid", 8000)
 
 
 def test_damaged_index_is_refused_by_name(tmp_path: Path) -> None:
@@ -166,7 +163,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 
 def test_the_server_says_where_it_is_and_how_it_is_asked(live: Live) -> None:
-    assert live.said[0] == f"serving {live.run} on {live.url} (page; API in /openapi.json); Ctrl-C stops\n"
+    assert live.said[0] == f"serving {live.run} on {live.url} (page; API in /docs); Ctrl-C stops\n"
     command = live.said[1].strip()
     assert command.startswith("curl ")
     answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30)  # the line that users copy
@@ -180,13 +177,14 @@ def test_answers_are_those_of_a_replica_here_to_the_last_digit(live: Live) -> No
             ("explain", {}),
             ("retrieve", {}),
             ("retrieve", {"mode": "hybrid", "k": 12, "source": "task"}),
+            ("embed", {}),
         ):
             body = {"inputs": inputs, **more}
             assert live.post(route, body).json() == live.here.post(route, body).json()
-    for path in ("/", "/info", "/health", "/openapi.json"):
+    for path in ("/", "/docs", "/info", "/health", "/ready", "/openapi.json", "/knowledge?q=film"):
         answer, here = live.client.get(path), live.here.get(path)
         assert (answer.content, answer.status_code) == (here.content, 200)
-        for name in ("content-type", "content-security-policy"):
+        for name in ("content-type", "content-security-policy", "x-frame-options", "etag"):
             assert answer.headers.get(name) == here.headers.get(name)
 
 
@@ -227,6 +225,55 @@ def test_client_command(live: Live) -> None:
     assert [json.loads(line) for line in done.stdout.splitlines()] == want
 
 
+@pytest.mark.parametrize("route", ["", "/predict"])
+def test_the_hugging_face_client_works_unmodified(live: Live, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests are; this asks the loopback
+    client = InferenceClient(model=live.url + route)
+    want = [(a["label"], a["score"]) for a in live.here.post("predict", {"inputs": "a fine film"}).json()]
+    assert [(a.label, a.score) for a in client.text_classification("a fine film")] == want
+    assert [(a.label, a.score) for a in client.text_classification("a fine film", top_k=1)] == want[:1]
+    raw = client.text_classification("a fine film", function_to_apply="none")
+    assert [(a.label, math.exp(a.score)) for a in raw] == [(label, pytest.approx(score)) for label, score in want]
+    vector = InferenceClient(model=f"{live.url}/embed").feature_extraction("a fine film", normalize=True, truncate=True)
+    assert vector.shape == (1, 8) and (vector**2).sum() == pytest.approx(1)
+    with pytest.raises(HfHubHTTPError, match="422"):
+        client.text_classification("a fine film", function_to_apply="sigmoid")
+
+
+def test_a_client_of_text_embeddings_inference_works_unmodified(live: Live) -> None:
+    """What TEI's documentation sends, and what its clients read."""
+    body = {"inputs": "a fine film", "raw_scores": False, "truncate": False}
+    (one,) = (live.client.post("/predict", json=body).json(),)
+    assert one == live.here.post("predict", {"inputs": "a fine film"}).json()
+    several = live.client.post(
+        "/predict", json={"inputs": [["a fine film"], ["so weak"]], "truncate": True, "truncation_direction": "Right"}
+    )
+    assert several.json() == close_to([one, live.here.post("predict", {"inputs": "so weak"}).json()])
+    raw = live.client.post("/predict", json={"inputs": "a fine film", "raw_scores": True}).json()
+    total = sum(math.exp(a["score"]) for a in raw)
+    assert [(a["label"], math.exp(a["score"]) / total) for a in raw] == [(a["label"], pytest.approx(a["score"])) for a in one]
+    vectors = [
+        live.client.post("/embed", json={"inputs": i, "normalize": True, "truncate": False}).json() for i in ("so weak", ["so weak", "a"])
+    ]
+    assert [len(v) for v in vectors] == [1, 2] and vectors[0][0] == pytest.approx(vectors[1][0])
+    assert live.client.post("/predict", json={"inputs": "a" * 300, "truncate": True}).status_code == 200
+    assert live.client.post("/predict", json={"inputs": "a" * 300}).status_code == 413
+
+
+def listening(process: psutil.Process) -> set[tuple[str, int]]:
+    """Where a server and all that it has started listen."""
+    every = [process, *process.children(recursive=True)]
+    found = {c.laddr for p in every for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN or c.type == socket.SOCK_DGRAM}
+    return {(address.ip.removeprefix("::ffff:"), address.port) for address in found}
+
+
+def test_nothing_listens_beyond_the_loopback(live: Live) -> None:
+    """Neither HAProxy's statistics, nor Ray's own ports, nor those on which replicas call each other."""
+    sockets = listening(psutil.Process(live.process.pid))
+    assert ("127.0.0.1", int(live.url.rpartition(":")[2])) in sockets and len(sockets) > 8
+    assert {ip for ip, _ in sockets} == {"127.0.0.1"}
+
+
 def both(live: Live) -> Any:
     """What the server says of the query now; a replica here says the same."""
     answers = []
@@ -256,19 +303,54 @@ def test_edits_and_compaction_under_the_server(live: Live) -> None:
 
 def test_a_fault_is_in_the_log_of_the_replica(live: Live) -> None:
     Knowledge.open(live.run).add([{"id": "new-2", "text": QUERY, "label": "negative"}])
-    path = Path(live.run) / "knowledge" / "manifest.json"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-3] + b"???")
-    try:
-        answer = live.post("predict", {"inputs": QUERY})
-    finally:
-        path.write_bytes(whole)
+    answer = damaged(live, {"inputs": QUERY})
     assert answer.status_code == 500
     code = answer.json()["error_id"]
     log = live.logged(code)
     assert f"error {code} in POST /predict" in log
     assert re.search(r"ArtifactError: .*manifest\.json", log)
     assert "new-2" in [r["id"] for r in both(live)]
+
+
+def test_what_users_send_is_not_in_any_log(live: Live) -> None:
+    """Nor is it when a request is refused, and when the server fails on it."""
+    secret = "zanzibarsecret"
+    for route, body in (
+        ("predict", {}),
+        ("explain", {}),
+        ("retrieve", {"label": secret}),
+        ("predict", {secret: 1}),
+        ("embed", {"truncate": secret}),
+    ):
+        live.post(route, {"inputs": f"a {secret} film", **body})
+    live.client.put("/knowledge", json={"rows": [{"id": secret, "text": secret, "label": secret}]})
+    live.client.put("/knowledge", json={"rows": [{"id": secret, "text": secret, "label": "positive"}]})
+    live.client.request("DELETE", f"/knowledge?id={secret}")
+    live.client.request("DELETE", f"/knowledge?id={secret}")
+    live.client.get(f"/knowledge?q={secret}")
+    live.client.get(f"/?text={secret}")
+    live.client.get(f"/{secret}", headers={"Authorization": f"Bearer {secret}"})
+    code = damaged(live, {"inputs": secret}).json()["error_id"]
+    assert code in live.logged(code)  # so the logs are those of this server
+    folders = [
+        live.logs,
+        *(Path(p).parent for c in psutil.Process(live.process.pid).children(recursive=True) for p in c.cmdline() if "retrikt-serve-" in p),
+    ]
+    assert len(folders) > 1  # of HAProxy, too
+    for path in {p for folder in folders for p in folder.rglob("*") if p.is_file()}:
+        assert secret.encode() not in path.read_bytes(), path
+
+
+def damaged(live: Live, body: Any) -> httpx.Response:
+    """The answer while the log of the knowledge is damaged, so that the server fails."""
+    Knowledge.open(live.run).add([{"text": f"one more {time.time()}", "label": "negative"}])
+    path = Path(live.run) / "knowledge" / "manifest.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + b"???")
+    try:
+        return live.post("predict", body)
+    finally:
+        path.write_bytes(whole)
 
 
 def test_interrupt_answers_what_was_asked_and_frees_the_port(live: Live) -> None:
@@ -289,4 +371,4 @@ def test_interrupt_answers_what_was_asked_and_frees_the_port(live: Live) -> None
     rest, _ = live.process.communicate(timeout=30)
     assert (live.process.returncode, rest) == (0, "stopping\n")
     assert time.monotonic() - began < 25
-    check_port("127.0.0.1", int(live.url.rpartition(":")[2]))
+    address_of("127.0.0.1", int(live.url.rpartition(":")[2]))

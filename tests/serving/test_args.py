@@ -11,8 +11,8 @@ from retrikt_ray.serving.args import ServeArgs, parse_args
 
 
 def test_only_the_run_is_required() -> None:
-    args = parse_args({"run": "runs/mine", "batch_wait_ms": 2})
-    assert args == ServeArgs(run="runs/mine", batch_wait_ms=2)
+    args = parse_args({"run": "runs/mine", "deadline_s": 2})
+    assert args == ServeArgs(run="runs/mine", deadline_s=2)
     assert (args.replicas, args.threads, args.shard_actors) == (1, 1, 0)
 
 
@@ -24,7 +24,8 @@ def test_only_the_run_is_required() -> None:
         ({"run": None}, "run: found None; "),
         ({"run": "x", "replicas": 0}, "replicas: found 0; "),
         ({"run": "x", "threads": 1.5}, r"threads: found 1\.5; "),
-        ({"run": "x", "batch_wait_ms": -1}, "batch_wait_ms: found -1; "),
+        ({"run": "x", "deadline_s": 0}, "deadline_s: found 0; "),
+        ({"run": "x", "open": "all"}, "open: found 'all'; "),
         ({"run": "x", "max_queued": -1}, "max_queued: found -1; "),
         ({"run": "x", "max_texts": "many"}, "max_texts: found 'many'; "),
     ],

@@ -15,7 +15,7 @@ from making.serving_local import listening, named, replica, scores
 from making.tiny_run import make_run
 
 from retrikt_ray.predictor import Predictor
-from retrikt_ray.serving.replica import build_api
+from retrikt_ray.serving.routes import build_api
 
 CLIENT = Path(__file__).parents[2] / "serve" / "client.py"
 

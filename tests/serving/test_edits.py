@@ -144,7 +144,7 @@ def test_damaged_knowledge_is_not_answered_from(run: str, served: Replica, damag
     answers = [served.post(route, {"inputs": QUERY, **body}) for route, body in bodies] + [served.get("/info")]
     for answer in answers:
         assert answer.status_code == 500
-        assert answer.json() == {"error": "the server failed on this request", "error_id": answer.json()["error_id"]}
+        assert answer.json() == {"error": "the server failed on this request", "code": "failed", "error_id": answer.json()["error_id"]}
     codes = [answer.json()["error_id"] for answer in answers]
     assert len(set(codes)) == len(codes)
     assert all(f"error {code} in " in log.text for code in codes)

@@ -14,8 +14,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
-from retrikt_ray.serving.replica import build_api
-from retrikt_ray.serving.wire import ROUTES, Guard
+from retrikt_ray.serving.args import ServeArgs
+from retrikt_ray.serving.guard import Guard, Keys
+from retrikt_ray.serving.routes import build_api
 
 
 def call(app: ASGIApp, sent: list[Any], **scope: Any) -> None:
@@ -30,17 +31,24 @@ def call(app: ASGIApp, sent: list[Any], **scope: Any) -> None:
     asyncio.run(app({"type": "http", **scope}, receive, send))  # type: ignore[arg-type]
 
 
+def guarded(app: ASGIApp) -> Guard:
+    args = ServeArgs(run="x", max_body_bytes=10, open="write")
+    return Guard(app, args, Keys.load(args))
+
+
 # routes
 
 
 def test_health_info_and_schema(api: Local) -> None:
     assert api.get("/health").json() == {"status": "ok"}
-    assert api.get("/info").json() == {"task": "stub", "version": __version__, "limits": LIMITS}
+    assert api.get("/info").json() == {"task": "stub", "version": __version__, "limits": LIMITS | {"deadline_s": 10}}
     schema = api.get("/openapi.json").json()
-    assert set(schema["paths"]) == {"/predict", "/retrieve", "/explain", "/health", "/info"}
-    assert {"400", "413", "415", "422", "500", "503"} < set(schema["paths"]["/predict"]["post"]["responses"])
+    answering = {"/", "/predict", "/embed", "/retrieve", "/explain", "/knowledge", "/knowledge/preview"}
+    assert set(schema["paths"]) == answering | {"/health", "/ready", "/info", "/metrics"}
+    statuses = {"200", "400", "401", "408", "413", "415", "422", "500", "503", "504"}
+    assert set(schema["paths"]["/predict"]["post"]["responses"]) == statuses
     bodies = schema["components"]["schemas"]
-    assert set(bodies["RetrieveBody"]["properties"]) == {"inputs", "k", "mode", "label", "source"}
+    assert set(bodies["RetrieveBody"]["properties"]) == {"inputs", "truncate", "truncation_direction", "k", "mode", "label", "source"}
     assert bodies["Body"]["additionalProperties"] is False
     assert bodies["Body"]["properties"]["inputs"]["anyOf"][0] == {"type": "string"}
 
@@ -75,7 +83,7 @@ def test_only_json_is_taken(api: Local, kind: str | None, status: int) -> None:
     assert answer.status_code == status
     if status == 415:
         found = "nothing" if kind is None else kind
-        assert answer.json() == {"error": f'Content-Type: found "{found}"', "expected": "application/json"}
+        assert answer.json() == {"error": f'Content-Type: found "{found}"', "code": "wrong_type", "expected": "application/json"}
 
 
 def test_names_of_headers_have_no_case() -> None:
@@ -86,17 +94,23 @@ def test_names_of_headers_have_no_case() -> None:
         for values, status in (((b"application/json", b"10"), 200), ((b"text/plain", b"10"), 415), ((b"application/json", b"11"), 413)):
             sent: list[Any] = []
             headers = [(name.encode(), value) for name, value in zip(names, values, strict=True)]
-            call(Guard(app, 10), sent, method="POST", path="/x", headers=headers)
+            call(guarded(app), sent, method="POST", path="/x", headers=headers)
             assert sent[0]["status"] == status
 
 
 def test_other_methods(api: Local) -> None:
     for method, path in (("GET", "/predict"), ("PUT", "/predict"), ("DELETE", "/info"), ("OPTIONS", "/retrieve")):
         answer = api.request(method, path)
-        assert (answer.status_code, answer.json()) == (405, {"error": "Method Not Allowed", "expected": ROUTES})
-    for path in ("/nowhere", "/docs", "/redoc", "/info/"):
+        assert (answer.status_code, answer.json()) == (
+            405,
+            {"error": "Method Not Allowed", "code": "wrong_method", "expected": "a route and method of /openapi.json"},
+        )
+    for path in ("/nowhere", "/redoc", "/info/"):
         answer = api.get(path)
-        assert (answer.status_code, answer.json()) == (404, {"error": "Not Found", "expected": ROUTES})
+        assert (answer.status_code, answer.json()) == (
+            404,
+            {"error": "Not Found", "code": "not_found", "expected": "a route and method of /openapi.json"},
+        )
 
 
 # sizes
@@ -143,15 +157,18 @@ def test_a_body_that_is_announced_too_large_is_not_read(api: Local) -> None:
 
 def test_fault_of_the_server_is_json_with_an_id_that_the_log_has(log: pytest.LogCaptureFixture) -> None:
     stub = Stub()
-    stub.scores = lambda answer: [{"label": "a", "score": float("nan")}]  # type: ignore[method-assign]
+    stub.scores = lambda *_: [{"label": "a", "score": float("nan")}]  # type: ignore[method-assign]
     api = Local(build_api(stub), "/prefix")
     answers = [api.post(f"prefix/{route}", {"inputs": "a"}) for route in ("predict", "predict", "explain")]
     for answer, route in zip(answers, ("predict", "predict", "explain"), strict=True):
         code = answer.json()["error_id"]
-        assert (answer.status_code, answer.json()) == (500, {"error": "the server failed on this request", "error_id": code})
-        assert f"error {code} in POST /prefix/{route}" in log.text
+        assert (answer.status_code, answer.json()) == (
+            500,
+            {"error": "the server failed on this request", "code": "failed", "error_id": code},
+        )
+        assert f"error {code} in POST /{route}" in log.text
     assert len({answer.json()["error_id"] for answer in answers}) == 3
-    assert "Out of range float values" in log.text
+    assert "ValueError" in log.text and "Out of range float values" not in log.text  # the place of a fault, not what was in it
     assert stub.active == 0
 
 
@@ -164,7 +181,7 @@ def test_what_has_begun_is_not_answered_twice(log: pytest.LogCaptureFixture) -> 
 
     sent: list[Any] = []
     with pytest.raises(RuntimeError, match="too late"):
-        call(Guard(app, 10), sent, method="GET", path="/x", headers=[])
+        call(guarded(app), sent, method="GET", path="/x", headers=[])
     assert [m["type"] for m in sent] == ["http.response.start"]
     assert "in GET /x" in log.text
 
@@ -188,6 +205,10 @@ def test_overload_is_refused_with_retry_after() -> None:
     assert [a.status_code for a in first] == [200] * 5
     for answer in late:
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert answer.json() == {"error": "5 requests are waiting already", "expected": "the same request a second later"}
+        assert answer.json() == {
+            "error": "5 requests are waiting already",
+            "code": "overloaded",
+            "expected": "the same request a second later",
+        }
     assert stub.active == 0
     assert api.post("predict", {"inputs": "a"}).status_code == 200

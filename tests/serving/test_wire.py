@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from making.serving_local import Local
 from making.serving_stub import ANSWER, Stub
 
-from retrikt_ray.serving.replica import build_api
-from retrikt_ray.serving.wire import ROUTES
+from retrikt_ray.serving.routes import build_api
 
 # shapes
 
@@ -67,7 +66,9 @@ def test_spaces_and_newlines_are_those_of_the_task_rows(pair: bool, inputs: Any,
         ("predict", {"inputs": True}, 422, "inputs: found true"),
         ("predict", {"inputs": None}, 422, "inputs: found null"),
         ("predict", {"inputs": ["a", None]}, 422, "inputs[1]: found null"),
-        ("predict", {"inputs": ["a", ["b"]]}, 422, 'inputs[1]: found ["b"]'),
+        ("predict", {"inputs": ["a", ["b", "c", "d"]]}, 422, 'inputs[1]: found ["b", "c", "d"]'),
+        ("predict", {"inputs": ["a", ["b", "c"]]}, 422, "inputs[1].text_pair is given, but this task takes single texts"),
+        ("predict", {"inputs": ["a", [["b"]]]}, 422, 'inputs[1]: found [["b"]]'),
         ("predict", {"inputs": {"txt": "a"}}, 422, 'inputs has the unknown field "txt"'),
         ("predict", {"inputs": [{"text": "a", "label": "b"}]}, 422, 'inputs[0] has the unknown field "label"'),
         ("predict", {"inputs": {}}, 422, "inputs.text is missing"),
@@ -122,7 +123,9 @@ def test_refusal_says_why(api: Local, stub: Stub, route: str, body: Any, status:
         ({"inputs": {"text": "a", "text_pair": None}}, 422, "inputs.text_pair is missing"),
         ({"inputs": {"text": "a", "text_pair": ""}}, 422, "inputs.text_pair is empty"),
         ({"inputs": {"text": "a", "text_pair": 2}}, 422, "inputs.text_pair: found 2"),
-        ({"inputs": [["a", "b"]]}, 422, 'inputs[0]: found ["a", "b"]'),  # a list is several texts, not a pair
+        ({"inputs": ["a", "b", "c"]}, 422, "inputs[0].text_pair is missing"),
+        ({"inputs": [["a"]]}, 422, "inputs[0].text_pair is missing"),
+        ({"inputs": [["a", 1]]}, 422, 'inputs[0]: found ["a", 1]'),
         ({"inputs": {"text": "a", "text_pair": "b" * 20_001}}, 413, "inputs.text_pair has 20001 characters"),
     ],
 )
@@ -137,13 +140,13 @@ def test_refusal_of_a_pair_says_why(pairs: Local, body: Any, status: int, error:
     [
         ("predict", {"inputs": 3}, "a text, or a list of such"),
         ("predict", {"inputs": ["a"] * 6}, "at most 5 texts a request"),
-        ("predict", {"inputs": "a" * 201}, "at most 200 characters a text"),
+        ("predict", {"inputs": "a" * 201}, 'at most 200 characters a text, or "truncate": true'),
         ("predict", {"inputs": "a" * 5000}, "at most 4000 bytes a request"),
         ("predict", {}, 'a JSON object such as {"inputs": "a text"}'),
         ("predict", {"inputs": "a", "top_k": 0}, "greater than or equal to 1"),
         ("retrieve", {"inputs": "a", "mode": "fuzzy"}, "'dense', 'lexical' or 'hybrid'"),
-        ("retrieve", {"inputs": "a", "n": 1}, "inputs, and top_k for /predict, or k, mode, label and source for /retrieve"),
-        ("nowhere", {"inputs": "a"}, ROUTES),
+        ("retrieve", {"inputs": "a", "n": 1}, "inputs, truncate, truncation_direction, k, mode, label, source"),
+        ("nowhere", {"inputs": "a"}, "a route and method of /openapi.json"),
     ],
 )
 def test_refusal_says_what_was_expected(api: Local, route: str, body: Any, expected: str) -> None:
@@ -155,9 +158,9 @@ def test_refusal_says_what_was_expected(api: Local, route: str, body: Any, expec
     [
         (b"{bad", 400, "the body is not JSON: Expecting property name enclosed in double quotes at character 1"),
         (b"", 422, "the body is empty"),
-        (b'{"inputs": "\xff"}', 400, "There was an error parsing the body"),
-        (b"[" * 3900, 400, "There was an error parsing the body"),
-        (b"\x1f\x8b\x08\x00", 400, "There was an error parsing the body"),  # gzip
+        (b'{"inputs": "\xff"}', 400, "the body cannot be parsed"),
+        (b"[" * 3900, 400, "the body cannot be parsed"),
+        (b"\x1f\x8b\x08\x00", 400, "the body cannot be parsed"),  # gzip
         (b'{"inputs": ' + b"9" * 3900 + b"}", 422, "inputs: found 9999"),
         (b'{"inputs": "\\ud800"}', 422, 'inputs holds half of a surrogate pair: "\\ud800"'),
         (b'{"inputs": {"\\ud800": "a"}}', 422, 'inputs has the unknown field "\\ud800"'),
@@ -204,4 +207,4 @@ JSON_VALUES = st.recursive(
 def test_any_json_is_answered_or_refused(api: Local, pairs: Local, route: str, pair: bool, inputs: Any, other: dict[str, Any]) -> None:
     answer = (pairs if pair else api).post(route, {"inputs": inputs, **other})
     assert answer.status_code in (200, 413, 422)
-    assert answer.status_code == 200 or set(answer.json()) == {"error", "expected"}
+    assert answer.status_code == 200 or set(answer.json()) == {"error", "code", "expected"}

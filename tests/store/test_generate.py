@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
+from pydantic import ValidationError
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.store.generate import GenerateConfig, generate, row_seed, shard_count, shard_name
+from retrikt_ray.store import generate as stage
+from retrikt_ray.store.engines import ENGINES, Generated, Order
+from retrikt_ray.store.generate import GenerateConfig, ShardWriter, generate, row_seed, shard_count, shard_name
 from retrikt_ray.store.rows import GENERATED
+from retrikt_ray.task.card import Task
+from retrikt_ray.teacher.prompts import save_prompts
 
 
 def test_a_rows_seed_follows_from_run_shard_and_position() -> None:
@@ -24,10 +30,13 @@ def test_shards() -> None:
     assert shard_name(12) == "part-00012.parquet"
 
 
-def sealed(folder: Folder, shards: list[list[str]]) -> dict[str, int]:
-    """What the stage makes of a folder in which all shards lie already."""
+def sealed(folder: Folder, shards: list[list[str]], **errors: str) -> dict[str, int]:
+    """What the stage makes of a folder in which all shards lie already; errors: by id of the row."""
     for number, ids in enumerate(shards):
-        rows = [{"id": code, "text": "a text", "text_pair": None, "condition": 0, "finished": True, "tokens": 3} for code in ids]
+        rows = [
+            {"id": code, "text": "a text", "text_pair": None, "condition": 0, "finished": True, "tokens": 3, "error": errors.get(code)}
+            for code in ids
+        ]
         folder.write_table(shard_name(number), pa.Table.from_pylist(rows, schema=GENERATED))
     return generate(GenerateConfig(rows=4, rows_per_shard=2), {}, {"generated": folder}, seed=0)
 
@@ -48,3 +57,70 @@ def test_no_rows_are_an_empty_table(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
     assert generate(GenerateConfig(rows=0), {}, {"generated": folder}, seed=0) == {"rows": 0}
     assert folder.read_tables().schema == GENERATED and folder.read_tables().num_rows == 0
+
+
+def test_few_failed_rows_are_told_and_many_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, codes = Folder.at(tmp_path), ["generated-00000-0000", "generated-00000-0001", "generated-00001-0000", "generated-00001-0001"]
+    errors = {codes[2]: "MemoryError: no room"}
+    with pytest.raises(
+        ConfigError, match=r"1 of 4 texts could not be written, more than 1%; the first, generated-00001-0000: MemoryError: no room"
+    ) as told:
+        sealed(folder, [codes[:2], codes[2:]], **errors)
+    assert "mend the cause and run again" in str(told.value)
+    assert [name for name in folder.files() if name.startswith("part-")] == ["part-00000.parquet"]  # the others are kept
+    monkeypatch.setattr(stage, "MOST_ERRORS", 0.25)
+    assert sealed(folder, [codes[:2], codes[2:]], **errors) == {"rows": 4, "shards": 2, "errors": 1}
+
+
+class Scripted:
+    """An engine that cannot write where the seed is a multiple of `bad`, and says how many rows it was asked for at a time."""
+
+    bad = 0
+
+    def __init__(self, order: Order) -> None:
+        self.order, self.asked = order, []  # type: tuple[Order, list[int]]
+
+    def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
+        self.asked.append(len(seeds))
+        if self.bad and any(seed % self.bad == 0 for seed in seeds):
+            raise MemoryError("no room")
+        return [Generated(f"text {seed}", 2, True) for seed in seeds]
+
+
+@pytest.fixture
+def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardWriter:
+    monkeypatch.setitem(ENGINES, "transformers", Scripted)
+    monkeypatch.setattr(Scripted, "bad", 0)
+    teacher, task = Folder.at(tmp_path / "teacher"), Task("t", "classification", ("a", "b"), ("a", "b"), "{label}: ", False, "accuracy")
+    teacher.write_json("teacher.json", {"base": "embedded", "dtype": "auto", "chat": False, "max_tokens": 8, "starts": {"Ll": 3}})
+    save_prompts(teacher, torch.zeros(2, 3, 4), "embedded")
+    return ShardWriter(GenerateConfig(rows=19, rows_per_shard=8), task, teacher, teacher, Folder.at(tmp_path / "out"), 5, 1, 0)
+
+
+def test_a_row_that_cannot_be_written_keeps_its_error_and_costs_no_other(writer: ShardWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = [row_seed(5, 1, i) for i in range(8)]
+    monkeypatch.setattr(Scripted, "bad", seeds[5])
+    rows = writer.write(1).to_pylist()
+    assert [row["error"] for row in rows] == [None] * 5 + ["MemoryError: no room"] + [None] * 2
+    assert [row["text"] for row in rows] == [f"text {seed}" if i != 5 else "" for i, seed in enumerate(seeds)]
+    assert [row["condition"] for row in rows] == [0, 1] * 4 and rows[5]["tokens"] == 0 and not rows[5]["finished"]
+    assert writer.engine.asked == [8, 4, 4, 2, 1, 1, 2]  # halves, down to the one
+
+
+def test_an_engine_that_writes_nothing_ends_the_run_with_its_own_error(writer: ShardWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scripted, "bad", 1)
+    with pytest.raises(MemoryError, match="no room"):
+        writer.write(0)
+    assert not writer.out.files()
+
+
+def test_spent() -> None:
+    config = GenerateConfig(max_tokens=1000, max_seconds=60, max_cost=2, price_per_hour=30)
+    assert config.spent(999, 59, 4) is None  # 59 s of 4 workers at 30 an hour: 1.97
+    assert config.spent(1000, 0, 1) == "max_tokens (1,000)"
+    assert config.spent(0, 60, 1) == "max_seconds (60)"
+    assert GenerateConfig(max_cost=2, price_per_hour=30).spent(10**9, 60, 4) == "max_cost (2)"
+    assert GenerateConfig().spent(10**9, 10**9, 99) is None
+    with pytest.raises(ValidationError, match="max_cost needs price_per_hour"):
+        GenerateConfig(max_cost=2)
+    assert GenerateConfig().fingerprint_view() == config.fingerprint_view()  # a limit does not make other texts

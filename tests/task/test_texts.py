@@ -17,8 +17,8 @@ def test_tidy() -> None:
 
 def test_a_pair_is_two_lines_to_a_language_model() -> None:
     assert joined(("a", None)) == "a" and joined(("a", "b")) == "a\nb" and joined(("a", "b"), " / ") == "a / b"
-    assert split_pair(" a  film\nand more", False) == ("a film and more", None)
-    assert split_pair("\na film \n a  play\nmore", True) == ("a film", "a play more")
+    assert split_pair(" a  film\nand more", False) == ("a film", None)
+    assert split_pair("\na film \n a  play\nmore", True) == ("a film", "a play")
     assert split_pair("a film", True) == ("a film", "")  # the second is missing
 
 

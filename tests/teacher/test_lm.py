@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
 
 from retrikt_ray.teacher import lm
-from retrikt_ray.teacher.lm import Base, InverseCDF
+from retrikt_ray.teacher.base import Base, pad_rows
+from retrikt_ray.teacher.prefix import prefix_embeddings, run_prefix, run_prefix_of
+from retrikt_ray.teacher.sampling import Sampling
 
 TEMPLATES = ["a: ", "the play is very dull: ", ""]  # prefixes of three lengths
 TEXTS = ["a fine film", "never", "the cast was weak and the plot slow", "warm"]
@@ -42,66 +40,16 @@ def plain_forward(base: Base, soft: Tensor, condition: int, ids: list[int]) -> t
     return out.logits[0, first:-1], out.hidden_states[-1][0, first:-1]
 
 
-def test_the_base_is_frozen_and_known(base: Base, tiny_lm: str) -> None:
-    assert not any(p.requires_grad for p in base.model.parameters()) and not base.model.training
-    assert (base.dim, base.eos, len(base.tokenizer)) == (32, 2, 300)
-    # Two tables 300 x 32; per layer 4 of 32 x 32, 3 of 32 x 64, 2 norms; the last norm.
-    assert lm.model_path(tiny_lm) == tiny_lm and lm.model_path("embedded").endswith("retrikt_ray/quickstart/model")
-
-
-def test_pick_dtype() -> None:
-    assert lm.pick_dtype("auto", torch.device("cpu")) is torch.float32
-    assert lm.pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
-    assert lm.pick_dtype("float16", torch.device("cpu")) is torch.float16
-
-
-def test_encode_and_decode(base: Base) -> None:
-    one = base.tokenizer("a fine film", add_special_tokens=False)["input_ids"]
-    size = len(one)
-    ids, mask = base.encode(["a fine film", ""], 10)
-    assert ids.tolist() == [[*one, base.eos], [base.eos] * (size + 1)]
-    assert mask.tolist() == [[1] * (size + 1), [1] + [0] * size]
-    assert base.decode(ids, mask) == ["a fine film", ""]
-    cut, cut_mask = base.encode(["a fine film"], 2)
-    assert cut.tolist() == [one[:2]] and cut_mask.tolist() == [[1, 1]]  # no <eos> where the text was cut
-    assert base.encode(["a fine film"], 10, end=False)[0].tolist() == [one]
-    assert base.encode([""], 10, end=False)[0].tolist() == [[base.eos]]  # a model needs at least one token
-
-
-@pytest.mark.parametrize("space", ["byte-level", "metaspace"])
-def test_a_text_behind_a_template_has_the_tokens_that_it_has_there(space: str, base: Base) -> None:
-    """The template's last space belongs to the text's first word: apart, it would be a token that no text was ever written after."""
-    if space == "metaspace":  # as Llama's: every text begins with a space of the tokenizer's own
-        vocabulary = {"<eos>": 0, "▁a": 1, "▁fine": 2, "▁good": 3, ":": 4, "▁": 5, "fine": 6, "<unk>": 7, "a": 8}
-        plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        plain.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Split(":", "isolated")])
-        plain.decoder = decoders.Metaspace()
-        base = replace(base, tokenizer=PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", unk_token="<unk>"))
-    tokens = base.tokenizer
-    for template in ("good: ", "good:"):
-        ids, mask = base.encode(["fine a", "a"], 9, after=template)
-        head = tokens(template.rstrip(), add_special_tokens=False)["input_ids"]
-        for text, row, length in zip(("fine a", "a"), ids.tolist(), mask.sum(1).tolist(), strict=True):
-            assert row[: length - 1] == tokens(template + text, add_special_tokens=False)["input_ids"][len(head) :]
-            assert row[length - 1] == base.eos
-            assert base.decode(torch.tensor([row[: length - 1]]), torch.ones(1, length - 1))[0].strip() == text
-
-
 def test_a_prefix_ends_before_its_space(base: Base, soft: Tensor) -> None:
-    with_space, without = (lm.prefix_embeddings(base, soft[:1], [t])[0] for t in ("positive: ", "positive:"))
+    with_space, without = (prefix_embeddings(base, soft[:1], [t])[0] for t in ("positive: ", "positive:"))
     assert torch.equal(with_space, without)
     assert len(with_space) == 5 + 1 + len(base.tokenizer("positive:", add_special_tokens=False)["input_ids"])
-
-
-def test_pad_rows() -> None:
-    ids, mask = lm.pad_rows([[5], [6, 7, 8]], 9, torch.device("cpu"))
-    assert ids.tolist() == [[5, 9, 9], [6, 7, 8]] and mask.tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 def test_prefix_and_score_equal_a_plain_forward(base: Base, soft: Tensor) -> None:
     ids, mask = base.encode(TEXTS, 20)
     with torch.no_grad():
-        prefix = lm.run_prefix(base, soft, TEMPLATES)
+        prefix = run_prefix(base, soft, TEMPLATES)
         logits, hidden = lm.score(base, prefix, torch.tensor(ROWS), ids, mask)
         assert logits.shape == (4, ids.shape[1], 300) and hidden.shape == (4, ids.shape[1], 32)
         for i, condition in enumerate(ROWS):
@@ -117,7 +65,7 @@ def test_gradients_reach_the_soft_prompt(base: Base, soft: Tensor) -> None:
     """The gradient through cached keys and values is that of the plain forward."""
     ids, mask = base.encode(TEXTS, 20)
     cached, plain = soft.clone().requires_grad_(), soft.clone().requires_grad_()
-    logits, _ = lm.score(base, lm.run_prefix(base, cached, TEMPLATES), torch.tensor(ROWS), ids, mask)
+    logits, _ = lm.score(base, run_prefix(base, cached, TEMPLATES), torch.tensor(ROWS), ids, mask)
     (lm.log_probs_of(logits, ids) * mask).sum().backward()
     for i, condition in enumerate(ROWS):
         row = ids[i, : int(mask[i].sum())]
@@ -137,7 +85,7 @@ def test_gradients_do_not_depend_on_the_threads() -> None:
         for count in (1, 2, 2, 4):
             torch.set_num_threads(count)
             soft = start.clone().requires_grad_()
-            prefix, (own,) = lm.run_prefix_of(base, soft, ["one: ", "two: ", "three: ", "four: "], rows)
+            prefix, (own,) = run_prefix_of(base, soft, ["one: ", "two: ", "three: ", "four: "], rows)
             logits, hidden = lm.score(base, prefix, own, ids, mask)
             (lm.log_probs_of(logits, ids) * mask).sum().add(hidden.sum()).backward()
             found.append(soft.grad)
@@ -151,50 +99,14 @@ def test_log_probs_of() -> None:
     assert_close(lm.log_probs_of(logits, torch.tensor([[1, 0]])), torch.log(torch.tensor([[0.75, 0.5]])), rtol=0, atol=1e-6)
 
 
-def test_inverse_cdf_picks_the_token_where_the_sum_passes_u() -> None:
-    inf = math.inf
-    scores = torch.tensor(
-        [
-            [0.2, 0.5, 0.3, 0.0],  # sums 0.2, 0.7, 1: u = 0.1 -> 0
-            [0.2, 0.5, 0.3, 0.0],  # 0.45 -> 1
-            [0.2, 0.5, 0.3, 0.0],  # 0.75 -> 2
-            [0.0, 0.5, 0.0, 0.5],  # u = 0 must not pick a token without probability -> 1
-            [0.5, 0.0, 0.0, 0.5],  # nor u at a step of the sum -> 3
-            [0.5, 0.5, 0.0, 0.0],  # nor the largest u -> 1
-        ]
-    ).log()
-    u = torch.tensor([0.1, 0.45, 0.75, 0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
-    got = InverseCDF(torch.stack([torch.full_like(u, 0.99), u], 1), start=7)(torch.zeros(6, 8, dtype=torch.long), scores)  # step 8 - 7 = 1
-    assert got.argmax(-1).tolist() == [0, 1, 2, 1, 3, 1]
-    assert (got.sort(-1).values == torch.tensor([-inf, -inf, -inf, 0.0])).all()
-
-
-def test_inverse_cdf_never_passes_the_last_likely_token() -> None:
-    """Sums of many rounded numbers end a little under or over 1; the largest u must still hit a token that has probability."""
-    scores = torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
-    scores[:, -5:] = -math.inf
-    u = torch.full((40, 1), 1 - 2**-53, dtype=torch.float64)
-    assert (InverseCDF(u, 0)(torch.zeros(40, 0, dtype=torch.long), scores).argmax(-1) <= 994).all()
-
-
-def test_uniforms_depend_on_the_seed_alone() -> None:
-    u = lm.uniforms([5, 2**63 + 7, 5], 4)
-    assert u.shape == (3, 4) and u.dtype == torch.float64 and (u >= 0).all() and (u < 1).all()
-    assert torch.equal(u[0], u[2]) and not torch.equal(u[0], u[1])
-    assert torch.equal(lm.uniforms([2**63 + 7], 2)[0], u[1, :2])
-    assert not torch.equal(lm.uniforms([5 + 2**32], 4)[0], u[0])  # all 64 bits count
-
-
 def test_a_text_does_not_depend_on_its_batch(base: Base, soft: Tensor) -> None:
     with torch.no_grad():
-        prefix = lm.run_prefix(base, soft, TEMPLATES)
+        prefix = run_prefix(base, soft, TEMPLATES)
     conditions, seeds = [0, 1, 2, 1, 0, 2, 1], [11, 12, 13, 14, 15, 16, 12]
 
     def texts(rows: list[int]) -> list[list[int]]:
-        ids, mask = lm.sample(
-            base, prefix, torch.tensor([conditions[r] for r in rows]), [seeds[r] for r in rows], 24, temperature=0.9, top_p=0.95
-        )
-        return [row[m.bool()].tolist() for row, m in zip(ids, mask, strict=True)]
+        asked = torch.tensor([conditions[r] for r in rows])
+        return lm.sample(base, prefix, asked, [seeds[r] for r in rows], 24, Sampling(0.9, 0, 0.95), 1)
 
     together = texts(list(range(7)))
     assert [texts([r])[0] for r in range(7)] == together
@@ -202,22 +114,20 @@ def test_a_text_does_not_depend_on_its_batch(base: Base, soft: Tensor) -> None:
     assert together[1] == together[6] and len({tuple(t) for t in together}) == 6  # equal seed and condition, equal text
 
 
-def test_mask_ends_with_the_first_eos(base: Base, soft: Tensor) -> None:
+def test_a_text_ends_with_its_first_eos_or_line_end(base: Base, soft: Tensor) -> None:
     with torch.no_grad():
-        prefix = lm.run_prefix(base, soft, TEMPLATES)
-    ids, mask = lm.sample(base, prefix, torch.arange(900) % 3, list(range(900)), 12)
-    assert ids.shape == mask.shape == (900, 12)
-    ended = 0
-    for row, m in zip(ids.tolist(), mask.tolist(), strict=True):
-        size = row.index(base.eos) + 1 if base.eos in row else 12
-        ended += base.eos in row
-        assert m == [1] * size + [0] * (12 - size)
-    assert 5 <= ended < 900
-    # A row that ends at once is fed on with its batch; the mask hides it.
+        prefix = run_prefix(base, soft, TEMPLATES)
+    written = lm.sample(base, prefix, torch.arange(900) % 3, list(range(900)), 12, Sampling(), 1)
+    assert len(written) == 900
+    for ids in written:
+        text = base.tokenizer.decode(ids[:-1], skip_special_tokens=True).lstrip()
+        assert 1 <= len(ids) <= 12 and base.eos not in ids[:-1] and "\n" not in text
+        assert base.ends(ids, 1) or len(ids) == 12
+    how = [ids[-1] == base.eos for ids in written if base.ends(ids, 1)]
+    assert 5 <= sum(how) < len(how) < 900  # some by <eos>, some by their line, some not at all
     prefix.last_logits[:, base.eos] += 5
-    ids, mask = lm.sample(base, prefix, torch.arange(90) % 3, list(range(90)), 12)
-    at_once = ids[:, 0] == base.eos
-    assert ids[at_once].ne(base.eos).any() and mask[at_once].tolist() == [[1] + [0] * 11] * int(at_once.sum())
+    short = lm.sample(base, prefix, torch.arange(90) % 3, list(range(90)), 12, Sampling(), 1)
+    assert 5 <= sum(ids == [base.eos] for ids in short) < 90
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.5)])
@@ -225,8 +135,10 @@ def test_frequencies_match_the_probabilities(base: Base, soft: Tensor, temperatu
     """First tokens, and second tokens after the commonest first one, of 6,000 texts: each within 4.5 standard errors."""
     count = 6000
     with torch.no_grad():
-        prefix = lm.run_prefix(base, soft, TEMPLATES)
-        ids, _ = lm.sample(base, prefix, torch.zeros(count, dtype=torch.long), list(range(count)), 2, temperature, top_k, top_p)
+        prefix = run_prefix(base, soft, TEMPLATES)
+        rows = torch.zeros(count, dtype=torch.long)
+        written = lm.sample(base, prefix, rows, list(range(count)), 2, Sampling(temperature, top_k, top_p), 9)
+        ids, _ = pad_rows(written, -1, base.device)
         first = int(ids[:, 0].mode().values)
         after = ids[ids[:, 0] == first, 1]
         logits = plain_forward(base, soft, 0, [first, 0])[0]  # what predicts the first and the second token
@@ -257,12 +169,15 @@ def test_sampling_heeds_no_settings_of_the_checkpoint(base: Base, soft: Tensor, 
     settings = {"do_sample": True, "repetition_penalty": 5.0, "min_new_tokens": 11, "no_repeat_ngram_size": 1, "top_k": 2}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
-    def texts(base: Base) -> Tensor:
+    def texts(base: Base) -> list[list[int]]:
         with torch.no_grad():
-            prefix = lm.run_prefix(base, soft, TEMPLATES)
-        return lm.sample(base, prefix, torch.zeros(20, dtype=torch.long), list(range(20)), 12)[0]
+            prefix = run_prefix(base, soft, TEMPLATES)
+        return lm.sample(base, prefix, torch.zeros(20, dtype=torch.long), list(range(20)), 12, Sampling(), 1)
 
-    assert torch.equal(texts(Base.load(str(tmp_path / "lm"))), texts(base))
+    other = Base.load(str(tmp_path / "lm"))
+    assert texts(other) == texts(base)
+    other.shares = False  # written by `generate`
+    assert texts(other) == texts(base)
 
 
 def test_prefixes_of_a_batch_alone_give_the_same_scores(tiny_lm: str) -> None:
@@ -271,8 +186,8 @@ def test_prefixes_of_a_batch_alone_give_the_same_scores(tiny_lm: str) -> None:
     templates = ["a: ", "a longer one: ", "b: "]
     ids, mask = base.encode(["a fine film", "dull"], 8)
     conditions = torch.tensor([2, 0])
-    whole = lm.score(base, lm.run_prefix(base, soft, templates), conditions, ids, mask)[0]
-    prefix, (rows,) = lm.run_prefix_of(base, soft, templates, conditions)
+    whole = lm.score(base, run_prefix(base, soft, templates), conditions, ids, mask)[0]
+    prefix, (rows,) = run_prefix_of(base, soft, templates, conditions)
     assert rows.tolist() == [1, 0] and len(prefix.mask) == 2
     part = lm.score(base, prefix, rows, ids, mask)[0]
     torch.testing.assert_close(part, whole, rtol=0, atol=1e-5)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.teacher import lm
-from retrikt_ray.teacher.lm import Base
+from retrikt_ray.teacher.base import Base
+from retrikt_ray.teacher.prefix import run_prefix
 from retrikt_ray.teacher.prompts import SoftPrompt, from_texts, load_prompts, save_prompts
 
 
@@ -66,7 +67,7 @@ def test_peft_reads_the_adapters_and_gives_the_same_logits(base: Base, tiny_lm: 
     save_prompts(Folder.at(tmp_path), prompts, tiny_lm)
     ids, mask = base.encode([text, text], 20)
     with torch.no_grad():
-        ours, _ = lm.score(base, lm.run_prefix(base, prompts, templates), torch.tensor([0, 1]), ids, mask)
+        ours, _ = lm.score(base, run_prefix(base, prompts, templates), torch.tensor([0, 1]), ids, mask)
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     for i, template in enumerate(templates):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_lm), str(tmp_path / "prompts" / f"{i:03d}")).eval()

@@ -15,6 +15,7 @@ from retrikt_ray.runtime.training import Solo
 from retrikt_ray.task.card import Task
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.annotator import Annotator
+from retrikt_ray.teacher.prefix import run_prefix
 from retrikt_ray.teacher.prompts import load_prompts
 from retrikt_ray.teacher.teach import TeachConfig, annotator_loop, assess, prompt_loop
 
@@ -64,7 +65,7 @@ def test_prompts_are_trained_by_likelihood_and_contrast(
     base, soft = lm.Base.load(tiny_lm, "float32"), load_prompts(Folder.at(tmp_path / "teacher"))  # as they were before training
     own = torch.tensor([int(row >= 4) for row in batch])
     ids, mask = base.encode([(BAD + GOOD)[row] for row in batch], 16, after=TASK.prefixes[0])
-    prefix = lm.run_prefix(base, soft, TASK.prefixes)
+    prefix = run_prefix(base, soft, TASK.prefixes)
     with torch.no_grad():
         right, wrong = ((lm.log_probs_of(lm.score(base, prefix, c, ids, mask)[0], ids) * mask).sum(1) for c in (own, 1 - own))
         plain, both = loss_of(0, batch)[0], found[2.0][1](0, batch)[0]

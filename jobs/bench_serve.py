@@ -1,0 +1,205 @@
+"""What an answer over HTTP costs beside what Ray Serve costs anyway: requests a second at 32 connections, latency at one.
+
+    python -m jobs.bench_serve runs/quickstart
+
+Three servers, loaded in turn from another process in each of five rounds; medians are told. `retrikt serve`; a bare Serve ingress with
+the same settings, whose answer is a constant of the same size; and the same routes and predictor in plain uvicorn, without Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 4.0, 2.0, 32
+SYSTEMS = ("retrikt", "bare", "uvicorn")
+
+
+def bare(run: str, port: int, size: int) -> None:
+    """A Serve ingress that answers a constant of `size` bytes, with the settings of `retrikt serve`."""
+    from retrikt_ray.serving.app import address_of, environment
+
+    home = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
+    os.environ.update(environment(home, address_of("127.0.0.1", port), 10))
+    from fastapi import FastAPI
+    from ray import serve
+    from starlette.responses import Response
+
+    from retrikt_ray.runtime import cluster
+
+    api, body = FastAPI(), b"x" * size
+
+    @serve.deployment(max_ongoing_requests=400, logging_config={"enable_access_log": False})
+    @serve.ingress(api)
+    class Bare:
+        @api.post("/predict")
+        async def predict(self) -> Response:
+            return Response(body, media_type="application/json")
+
+    cluster.connect()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(Bare.bind(), name="bare")
+    sys.stdin.read()
+
+
+def plain(run: str, port: int, size: int) -> None:
+    """The routes of `retrikt serve` in uvicorn."""
+    import uvicorn
+
+    from retrikt_ray.serving.replica import Endpoint
+    from retrikt_ray.serving.routes import build_api
+
+    uvicorn.run(build_api(Endpoint({"run": run, "open": "write"})), host="127.0.0.1", port=port, log_level="error", access_log=False)
+
+
+@contextmanager
+def running(system: str, run: str, port: int, size: int) -> Iterator[None]:
+    """A server, until it answers; ended by its end of input, or a signal."""
+    command = (
+        ["-m", "retrikt_ray", "serve", run, "--port", str(port)]
+        if system == "retrikt"
+        else ["-m", "jobs.bench_serve", system, run, str(port), str(size)]
+    )
+    process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 180
+        while not load(port, [request("a text")], 1, 0.01):
+            if process.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"the {system} server did not start")
+            time.sleep(0.5)
+        yield
+    finally:
+        if process.stdin:
+            process.stdin.close()
+        process.send_signal(2)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def request(text: str) -> bytes:
+    body = json.dumps({"inputs": text}).encode()
+    return b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(body),
+        body,
+    )
+
+
+def answer_size(head: bytes) -> int:
+    """Content-Length of a head. Raises where it is no 200."""
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise SystemExit(f"a server answered {head[:200]!r}")
+    return next(int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+
+
+def load(port: int, requests: list[bytes], connections: int, seconds: float) -> list[float]:
+    """Seconds of each answer, `connections` asking at a time, each again as soon as it is answered; empty where nobody listens."""
+    selector = selectors.DefaultSelector()
+    try:
+        sockets = [socket.create_connection(("127.0.0.1", port)) for _ in range(connections)]
+    except OSError:
+        return []
+    state: dict[socket.socket, tuple[float, bytes]] = {}
+    asked, taken, until = 0, [], time.perf_counter() + seconds
+
+    def ask(one: socket.socket) -> None:
+        nonlocal asked
+        state[one] = (time.perf_counter(), b"")
+        one.sendall(requests[asked % len(requests)])
+        asked += 1
+
+    for one in sockets:
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        selector.register(one, selectors.EVENT_READ)
+        ask(one)
+    while state:
+        for key, _ in selector.select(10):
+            one: Any = key.fileobj
+            began, data = state[one]
+            piece = one.recv(65536)
+            data += piece
+            head, gap, body = data.partition(b"\r\n\r\n")
+            if not piece and not gap:
+                return []  # the server is just starting, and its front has nobody behind it yet
+            if gap and not head.startswith(b"HTTP/1.1 200") and len(requests) == 1:
+                return []
+            if not gap or len(body) < answer_size(head):
+                state[one] = (began, data)
+                continue
+            now = time.perf_counter()
+            taken.append(now - began)
+            del state[one]
+            if now < until:
+                ask(one)
+    for one in sockets:
+        one.close()
+    return taken
+
+
+def apart(port: int, run: str, connections: int, seconds: float) -> list[float]:
+    """`load` in another process."""
+    command = [sys.executable, "-m", "jobs.bench_serve", "load", run, str(port), f"{connections}:{seconds}"]
+    return list(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+
+
+def texts_of(run: str) -> list[str]:
+    """Texts of the task's validation rows."""
+    import pyarrow.parquet as pq
+
+    return list(pq.read_table(f"{run}/task/validation.parquet")["text"].to_pylist())[:500]
+
+
+def main(run: str) -> None:
+    from retrikt_ray.predictor import Predictor
+    from retrikt_ray.serving.app import free_port
+
+    predictor = Predictor.open(run)
+    found = predictor.predict("a text").view.task.labels
+    size = len(json.dumps([{"label": label, "score": 0.12345678901234567} for label in found] or [0]))
+    rows, ports = predictor.knowledge.count, {system: free_port() for system in SYSTEMS}
+    qps: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    p50: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    with ExitStack() as stack:
+        for system in SYSTEMS:
+            stack.enter_context(running(system, run, ports[system], size))
+            apart(ports[system], run, CONNECTIONS, WARM_S)
+        for _ in range(ROUNDS):
+            for system in SYSTEMS:
+                qps[system].append(len(apart(ports[system], run, CONNECTIONS, SECONDS)) / SECONDS)
+                p50[system].append(1000 * statistics.median(apart(ports[system], run, 1, SECONDS / 2)))
+    print(
+        f"{rows:,} rows, {os.cpu_count()} CPUs, load of {os.getloadavg()[0]:.1f} at the end; medians of {ROUNDS}, lowest and highest in brackets"
+    )
+    print(f"{'':10}{f'requests/s at {CONNECTIONS} connections':>40}{'p50 at one, ms':>30}")
+    for system in SYSTEMS:
+        told = [f"{statistics.median(x):.{d}f} ({min(x):.{d}f}-{max(x):.{d}f})" for x, d in ((qps[system], 0), (p50[system], 2))]
+        print(f"{system:10}{told[0]:>40}{told[1]:>30}")
+    ratios = [a / b for a, b in zip(qps["retrikt"], qps["bare"], strict=True)]
+    print(
+        f"of the bare ingress: {statistics.median(ratios):.2f} of its requests/s, {statistics.median(p50['retrikt']) - statistics.median(p50['bare']):+.2f} ms"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        main(sys.argv[1])
+    else:
+        what, run_path, port_text, last = sys.argv[1:]
+        if what == "load":
+            many, length = last.split(":")
+            print(json.dumps(load(int(port_text), [request(t) for t in texts_of(run_path)], int(many), float(length))))
+        else:
+            serving: Callable[[str, int, int], None] = {"bare": bare, "uvicorn": plain}[what]
+            serving(run_path, int(port_text), int(last))

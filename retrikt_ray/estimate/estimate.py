@@ -1,0 +1,182 @@
+"""`retrikt estimate`: what a run will take, from a small run of the same stages on the same machines.
+
+The small run has the same models, lengths, batches and workers, but few texts and passes; what it took is stretched to the config's (`scaling.py`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from retrikt_ray import pipeline
+from retrikt_ray.config import RunConfig
+from retrikt_ray.estimate import scaling
+from retrikt_ray.runtime import cluster
+from retrikt_ray.runtime.artifacts import read_manifest
+from retrikt_ray.runtime.progress import console, listening
+from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.student.rows import MOST_TIMES
+
+WAVES = 4  # shards that each worker writes in the small run: fewer say little about their rate
+UNLABELLED = 400  # texts of the domain in the small run
+STEPS = 16  # of a training there, about
+FILE = "estimate.json"
+
+
+def estimate(config: RunConfig, out: str) -> dict[str, Any]:
+    """Run the small run inside the run directory `out`, and write what a run of this config will take to `estimate.json` there.
+
+    Returns {"stages": [{stage, seconds, plus_minus, tokens, workers, memory_mb, cost}], "seconds", "plus_minus", "tokens", "tokens_plus_minus", "cost"}.
+    """
+    run = pipeline.open_run(out, config)
+    pipeline.run_all(run, only="prepare")
+    prepared = read_manifest(run.folder / "task")
+    assert prepared is not None
+    train, unlabelled = prepared.rows["train"], prepared.rows["unlabelled"]
+    cluster.connect(run.log_file)
+    small = shrunk(config, train, cluster.plan(config.generate, "generate").count)
+    folder = run.folder / ".probe"
+    folder.remove()
+    probe = pipeline.open_run(folder.uri, small)
+    found: dict[str, tuple[list[scaling.Part], float]] = {}
+    for stage in pipeline.STAGES:
+        with listening() as trackers, watched_memory() as peak:
+            pipeline.run_all(probe, only=stage.name)
+        found[stage.name] = [p for t in trackers if (p := scaling.part(t.label, t.points))], peak[0]
+    of_probe = read_manifest(probe.folder / "task")
+    assert of_probe is not None
+    ratios = scaling.ratios(
+        scaling.amounts(config, train, unlabelled, MOST_TIMES),
+        scaling.amounts(small, train, of_probe.rows["unlabelled"], MOST_TIMES),
+    )
+    result = total([row(stage, probe, config, *found[stage.name], ratios) for stage in pipeline.STAGES], *tokens(probe, config))
+    folder.remove()
+    run.folder.write_json(FILE, result)
+    return result
+
+
+def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
+    """The same run with few texts and passes: enough steps and shards for a rate."""
+
+    def passes(epochs: int, rows: int, batch: int) -> int:
+        return min(epochs, -(-STEPS * batch // max(1, rows)))
+
+    t, g = config.teach, config.generate
+    rows = min(g.rows, WAVES * workers * g.rows_per_shard)
+    texts = UNLABELLED if config.prepare.unlabelled_rows is None else min(UNLABELLED, config.prepare.unlabelled_rows)
+    changes: dict[str, dict[str, Any]] = {
+        "prepare": {"unlabelled_rows": texts if config.prepare.unlabelled else None},
+        "teach": {
+            "prompt_epochs": passes(t.prompt_epochs, train, t.prompt_batch),
+            "annotator_epochs": passes(t.annotator_epochs, train, t.annotator_batch),
+        },
+        "reinforce": {"steps": min(config.reinforce.steps, 4)},
+        "generate": {"rows": rows, "max_tokens": 0, "max_seconds": 0, "max_cost": 0},
+        "annotate": {},
+        "distill": {"epochs": min(config.distill.epochs, 2)},
+    }
+    sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def row(
+    stage: pipeline.Stage, probe: pipeline.Run, config: RunConfig, parts: list[scaling.Part], memory: float, ratios: dict[str, float]
+) -> dict[str, Any]:
+    """What a stage will take."""
+    manifest = read_manifest(probe.artifact(stage.outputs[0]))
+    assert manifest is not None
+    seconds, doubt = scaling.stretched(manifest.seconds, parts, ratios)
+    section = getattr(config, stage.name)
+    workers = cluster.plan(section, stage.name).count if isinstance(section, Scaled) else 1
+    cost = seconds / 3600 * workers * config.generate.price_per_hour
+    return {
+        "stage": stage.name,
+        "seconds": round(seconds, 1),
+        "plus_minus": round(doubt, 1),
+        "workers": workers,
+        "memory_mb": round(memory),
+        "cost": round(cost, 4),
+    }
+
+
+def tokens(probe: pipeline.Run, config: RunConfig) -> tuple[int, int]:
+    """Tokens that will be generated, and half a 95 % interval."""
+    if not config.generate.rows:
+        return 0, 0
+    lengths = probe.artifact("generated").read_tables(columns=["tokens"])["tokens"].to_numpy()
+    error = 1.96 * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else float(lengths.mean())
+    return round(float(lengths.mean()) * config.generate.rows), round(error * config.generate.rows)
+
+
+def total(stages: list[dict[str, Any]], tokens: int, tokens_doubt: int) -> dict[str, Any]:
+    return {
+        "stages": stages,
+        "seconds": round(sum(s["seconds"] for s in stages), 1),
+        "plus_minus": round(sum(s["plus_minus"] ** 2 for s in stages) ** 0.5, 1),
+        "tokens": tokens,
+        "tokens_plus_minus": tokens_doubt,
+        "cost": round(sum(s["cost"] for s in stages), 4),
+    }
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[float]]:
+    """The largest memory in MB that this process and its children had together during the block (proportional set size), as the list's one entry."""
+    import psutil
+
+    peak, stop = [0.0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(1.0):
+            size = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    size += process.memory_full_info().pss
+                except psutil.Error:  # it ended meanwhile
+                    continue
+            peak[0] = max(peak[0], size / 1e6)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+def afterwards(run: pipeline.Run) -> str | None:
+    """How far off the estimate of a finished run was; None where there is none, or stages are missing."""
+    if not run.folder.exists(FILE):
+        return None
+    told = run.folder.read_json(FILE)
+    manifests = [read_manifest(run.artifact(stage.outputs[0])) for stage in pipeline.STAGES]
+    if not all(manifests):
+        return None
+    took = sum(m.seconds for m in manifests if m)
+    sentence = f"took {took:,.0f} s; estimated {told['seconds']:,.0f} ± {told['plus_minus']:,.0f} s ({told['seconds'] / took - 1:+.0%})"
+    if told["tokens"]:
+        written = sum(run.artifact("generated").read_tables(columns=["tokens"])["tokens"].to_pylist())
+        sentence += f"; {written:,} tokens, estimated {told['tokens']:,} ({told['tokens'] / written - 1:+.0%})"
+    return sentence
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    from rich.table import Table
+
+    priced = result["cost"] > 0
+    table = Table()
+    for name in ("stage", "seconds", "workers", "memory here, MB", *(["cost"] if priced else [])):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for s in result["stages"]:
+        figures = [f"{s['seconds']:,.0f} ± {s['plus_minus']:,.0f}", str(s["workers"]), f"{s['memory_mb']:,}"]
+        table.add_row(s["stage"], *figures, *([f"{s['cost']:.2f}"] if priced else []))
+    table.add_section()
+    everything = [f"{result['seconds']:,.0f} ± {result['plus_minus']:,.0f}", "", ""]
+    table.add_row("all", *everything, *([f"{result['cost']:.2f}"] if priced else []))
+    console.print(table)
+    if result["tokens"]:
+        console.print(f"{result['tokens']:,} ± {result['tokens_plus_minus']:,} tokens will be generated")
