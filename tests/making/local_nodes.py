@@ -76,7 +76,9 @@ def local_nodes(workers: int) -> Iterator[LocalNodes]:
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # which the nodes inherit
         dashboard, agent = free_ports(2)
-        system = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")} | {"health_check_failure_threshold": 4}
+        system = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")} | {
+            "health_check_failure_threshold": 4
+        }
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
         cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
         try:
