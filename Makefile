@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency bench-serve \
   bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -94,6 +94,9 @@ drill-autoscale: install-dev ## A run on a cluster that autoscales, from no work
 
 drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
 	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
+
+bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
+	$(BIN)/python -m jobs.bench_serve $(RUN)
 
 bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders, 30 SIGKILLs while generating
 	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py tests/store/test_faults.py

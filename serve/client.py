@@ -24,6 +24,14 @@ class Score(TypedDict):
     score: float
 
 
+class Without(TypedDict):
+    """The likeliest label where one row has no vote, and what becomes of the score of the label that is predicted."""
+
+    label: str
+    score: float
+    change: float
+
+
 class Neighbour(TypedDict):
     """One row of the knowledge store, with its similarity where it was found by vectors, its BM25 score where it was found by words."""
 
@@ -35,6 +43,7 @@ class Neighbour(TypedDict):
     score: float
     similarity: NotRequired[float]
     bm25: NotRequired[float]
+    without: NotRequired[Without]  # of rows that voted
 
 
 class Sides(TypedDict):
@@ -65,6 +74,7 @@ class Explanation(TypedDict):
     prediction: list[Score]
     student: list[Score]
     votes: Votes
+    without: dict[str, list[Score] | None]  # the answer without each voice; None where nothing would be left
     neighbours: list[Neighbour]
     lexical_neighbours: list[Neighbour]
     ngrams: list[Spoken]  # those that say most, strongest first

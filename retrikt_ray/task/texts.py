@@ -7,7 +7,6 @@ of a pair where a language model reads or writes them.
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ class TextError(DataError):
 
 def tidy(text: str) -> str:
     """One line, single spaces."""
-    return re.sub(r"\s+", " ", text).strip()
+    return " ".join(text.split())
 
 
 def joined(text: Text, by: str = "\n") -> str:
@@ -59,8 +58,10 @@ def read_string(value: Any, where: str, expected: str = "a text") -> str:
         raise TextError(f"{where}: found {short(value)}", expected)
     if not value.strip():
         raise TextError(f"{where} is empty", expected)
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise TextError(f"{where} holds half of a surrogate pair: {short(value)}", "text that can be written as UTF-8")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TextError(f"{where} holds half of a surrogate pair: {short(value)}", "text that can be written as UTF-8") from None
     return tidy(value)
 
 

@@ -63,7 +63,7 @@ def test_page_is_served_and_needs_nothing_else(prefix: str) -> None:
     page = answer.text
     assert not re.search(r"https?://|innerHTML|insertAdjacentHTML|document\.write", page)
     assert set(re.findall(r'\$\("([\w-]+)"\)', page)) <= set(re.findall(r'id="([\w-]+)"', page))
-    assert set(re.findall(r'for="([\w-]+)"', page)) == {"text", "text_pair"}
+    assert set(re.findall(r'for="([\w-]+)"', page)) == {"text", "text_pair", "key", "should", "words"}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from making.tiny_run import WORDS, make_student
+from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 
 from retrikt_ray.student import kinds
 from retrikt_ray.student.inherit import new_student, reduce, token_vectors
-from retrikt_ray.student.kinds import KINDS, Convolution, Static, StudentConfig
+from retrikt_ray.student.kinds import KINDS, Convolution, Static, StudentConfig, tokenized
 from retrikt_ray.student.model import Student, StudentModel
 from retrikt_ray.task.texts import Text
 from retrikt_ray.teacher.annotator import Annotator
@@ -204,3 +205,20 @@ def test_it_starts_from_its_teacher(tiny_encoder: str, monkeypatch: pytest.Monke
     assert model.embedding.weight[0].eq(0).all()
     assert model.filters.weight.std().item() == pytest.approx((3 * model.config.dim) ** -0.5, rel=0.1)
     assert KINDS["convolution"] is Convolution and Convolution.rate < Static.rate and Convolution.token_dropout
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("second", [None, ["so weak", "", "the plot was very cold and slow"]])
+def test_tokens_are_those_of_the_tokenizer_in_transformers(special: bool, second: list[str] | None) -> None:
+    tokenizer = make_student(False, 2, 0).tokenizer
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("[CLS]", "[SEP]")],
+    )
+    first = ["a fine film and a warm play", "", "unheard of"]
+    want = tokenizer(first, second, padding=True, truncation=True, max_length=6, add_special_tokens=special, return_tensors="pt")
+    ids, mask = tokenized(tokenizer, first, second, 6, special)
+    assert ids.tolist() == want["input_ids"].tolist() and mask.tolist() == want["attention_mask"].tolist()
+    assert [t.shape for t in tokenized(tokenizer, [""], None, 6, False)] == [(1, 1)] * 2
