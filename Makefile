@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency bench-serve \
-  bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale clean
+  bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -91,6 +91,9 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (4 minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
+
+drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
+	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
 
 bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
 	$(BIN)/python -m jobs.bench_serve $(RUN)

@@ -47,6 +47,7 @@ class Prediction:
     voices: dict[str, Voice]  # what spoke beside the student: dense, lexical, ngrams
     view: View  # of the knowledge that answered
     mixture: Mixture  # that made answers of them
+    told: np.ndarray  # (Q,) position of the added row that is the text word for word, whose label is the answer; -1: there is none
 
     @property
     def labels(self) -> list[str]:
@@ -80,7 +81,7 @@ class Prediction:
         dense, lexical = (h and h.part(low, high) for h in (self.dense, self.lexical))
         voices = {name: (said[low:high], found[low:high]) for name, (said, found) in self.voices.items()}
         texts, answers, student = self.texts[low:high], self.answers[low:high], self.student[low:high]
-        return Prediction(texts, answers, student, dense, lexical, voices, self.view, self.mixture)
+        return Prediction(texts, answers, student, dense, lexical, voices, self.view, self.mixture, self.told[low:high])
 
     @property
     def without_voices(self) -> dict[str, np.ndarray]:
@@ -181,9 +182,10 @@ class Predictor:
         ngrams = view.ngrams.answers(texts) if m.ngrams or evidence else None
         clock("ngrams")
         voices = voices_of(votes_of(dense), votes_of(lexical), ngrams, m)
-        mixed = mix(answers, voices, m)
+        mixed, told = mix(answers, voices, m), view.told_of(texts)
+        mixed[told >= 0] = view.labels[told[told >= 0]]  # what a person has said of a text is not outvoted
         clock("mix")
-        return Prediction(texts, mixed, answers, dense, lexical, voices, view, m)
+        return Prediction(texts, mixed, answers, dense, lexical, voices, view, m, told)
 
     def retrieve(self, texts: Sequence[Text], k: int, **where: str | None) -> Hits:
         """The k nearest rows of each text that was read already; label=, source=: only such rows."""

@@ -14,6 +14,7 @@ from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray.index.mixture import NAMES, Mixture
 from retrikt_ray.index.ngrams import Memory, Spoken, pair_keys, word_key
+from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Neighbour
 from retrikt_ray.predictor import Prediction, Predictor
@@ -224,15 +225,38 @@ def test_a_prediction_says_what_it_found(tmp_path: Path) -> None:
 
 def test_edits_change_the_answer_and_edited_false_does_not_see_them(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    before = Predictor.open(run).predict([("a fine film", None)]).answers
+    before = Predictor.open(run).predict([("film fine a", None)]).answers
     Knowledge.open(run).add([{"text": "a fine film", "label": "negative"}])
     predictor = Predictor.open(str(tmp_path))
-    after = predictor.predict([("a fine film", None)])
-    close(after.answers, [by_hand(predictor, "a fine film", [*ROWS, ("a fine film", [1.0, 0.0])])], within=2e-6)
+    after = predictor.predict([("film fine a", None)])  # the same words: heard of by retrieval
+    close(after.answers, [by_hand(predictor, "film fine a", [*ROWS, ("a fine film", [1.0, 0.0])])], within=2e-6)
     assert after.answers[0, 0] > before[0, 0] + 0.05
-    np.testing.assert_array_equal(Predictor.open(run, edited=False).predict([("a fine film", None)]).answers, before)
+    np.testing.assert_array_equal(Predictor.open(run, edited=False).predict([("film fine a", None)]).answers, before)
     state, plain = predictor.info()["store"], Predictor.open(run, edited=False).info()["store"]
     assert (state, plain) == ({"rows": 13, "version": 1}, {"rows": 12, "version": 0})
+
+
+def test_what_a_person_has_said_of_a_text_is_not_outvoted(tmp_path: Path) -> None:
+    """Word for word, whatever the case; the newest of two; of a compacted base, too. Deleted, the voices speak again."""
+    run = make_run(tmp_path)
+    knowledge, texts = Knowledge.open(run), ["A fine film", "a fine film!", "dull plot"]
+
+    def answers() -> np.ndarray:
+        return Predictor.open(run).predict(texts).answers
+
+    before = answers()
+    knowledge.add([{"id": "one", "text": "a fine film", "label": "positive"}])
+    knowledge.add([{"id": "two", "text": "a fine film", "label": "negative"}])
+    found = Predictor.open(run).predict(texts)
+    assert found.answers[0].tolist() == [1.0, 0.0] and (found.told >= 0).tolist() == [True, False, False]
+    assert 0 < found.answers[1, 0] < 1 and found.part(1, 3).told.tolist() == [-1, -1]
+    assert compact(run) is not None
+    assert answers()[0].tolist() == [1.0, 0.0]
+    Knowledge.open(run).delete("two")
+    assert answers()[0].tolist() == [0.0, 1.0]
+    Knowledge.open(run).delete("one")
+    assert 0 < answers()[0, 0] < 1
+    close(answers()[2:], before[2:].tolist(), within=0.05)
 
 
 def test_info(tmp_path: Path) -> None:

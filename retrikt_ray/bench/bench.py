@@ -56,7 +56,7 @@ def bench(config: BenchConfig, out: str) -> list[dict[str, Any]]:
     found = {cell: known for cell in cells if (known := read(root, cell, prints[cell]))}
     missing = [cell for cell in cells if cell not in found]
     if missing:
-        cluster.connect(None)
+        cluster.connect(None, runs[missing[0].task, missing[0].seed].config.cluster)
         workers = plan(Scaled(), "bench")  # one thread a cell: they are small
         calls = [(cell, runs[cell.task, cell.seed], root, prints[cell]) for cell in missing]
         found |= dict(zip(missing, each(measure, calls, workers, "bench: cells"), strict=True))

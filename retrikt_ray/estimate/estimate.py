@@ -35,7 +35,7 @@ def estimate(config: RunConfig, out: str) -> dict[str, Any]:
     prepared = read_manifest(run.folder / "task")
     assert prepared is not None
     train, unlabelled = prepared.rows["train"], prepared.rows["unlabelled"]
-    cluster.connect(run.log_file)
+    cluster.connect(run.log_file, config.cluster)
     small = shrunk(config, train, cluster.plan(config.generate, "generate").count)
     folder = run.folder / ".probe"
     folder.remove()

@@ -20,7 +20,7 @@ from retrikt_ray.store.rows import read_labels
 from retrikt_ray.task.metrics import one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 6
+VERSION = 5
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
 NAMES = ("student", "dense", "lexical", "ngrams")
-DOUBT = {"lexical": 3.0, "dense": 3.0}  # standard errors that a voice must gain, else 1: these two take longer than all else in an answer
+DOUBT = {"lexical": 3.0}  # standard errors that a voice must gain, else 1: BM25 takes longer than everything else in an answer
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ def fit_mixture(
 ) -> Mixture:
     """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values; names: who may speak.
 
-    k and tau of each side are those whose vote alone has the smallest loss. Then the best of the quick voices is taken, and others are added, the
-    one that lowers the loss most first, as long as the gain pays.
+    k and tau of each side are those whose vote alone has the smallest loss. Then the best voice is taken, and others are added, the one that
+    lowers the loss most first, as long as the gain pays.
     """
     dense_k, dense_tau = best_vote(targets, dense, TAUS)
     lexical_k, lexical_tau = best_vote(targets, lexical, LEXICAL_TAUS)
@@ -127,10 +127,7 @@ def fit_mixture(
     best, loss = ALONE, np.zeros(0)
     while left := [name for name in names if name not in chosen]:
         trials = {name: tried((*chosen, name)) for name in left}
-        if not chosen:  # a slow voice has to pay against the best of the quick ones
-            first = min([name for name in left if name not in DOUBT] or left, key=lambda n: float(trials[n][1].mean()))
-            left = [name for name in left if name == first or pays(name, trials[first][1] - trials[name][1])]
-        else:
+        if chosen:
             left = [name for name in left if pays(name, loss - trials[name][1])]
         if not left:
             break

@@ -7,8 +7,9 @@ before every file was compared with its manifest, and the manifests with each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,12 @@ class Hits:
         return Hits(self.positions[low:high], self.scores[low:high], self.labels[low:high], self.names)
 
 
+def plain(text: Text) -> Text:
+    """Whatever its case."""
+    first, second = text
+    return first.casefold(), None if second is None else second.casefold()
+
+
 @dataclass(frozen=True)
 class View:
     """Rows, vectors and words of one state of a run's knowledge."""
@@ -164,6 +171,18 @@ class View:
                 rows = pa.concat_tables([rows, new.select(VIEWED)])
         ids = rows["id"].cast(pa.large_string()).combine_chunks()  # one piece: rows are taken from a chunked one slowly
         return View(task, base, log, rows, alive, added, words, ngrams, matrix(rows["teacher_probs"]), ids)
+
+    @cached_property
+    def told(self) -> dict[Text, int]:
+        """Positions of the live rows that somebody added, by their text as `plain` has it; of equal texts the newest."""
+        added = np.flatnonzero(self.alive & pc.equal(self.rows["source"], "added").to_numpy(zero_copy_only=False))
+        return {plain(text): int(p) for text, p in zip(texts_of(self.rows.take(pa.array(added))), added, strict=True)}
+
+    def told_of(self, texts: Sequence[Text]) -> np.ndarray:
+        """(Q,) positions of the added rows that are these texts word for word; -1: nobody added one."""
+        if not self.told:
+            return np.full(len(texts), -1)
+        return np.array([self.told.get(plain(text), -1) for text in texts], np.int64)
 
     @property
     def count(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,8 @@ from torch import Tensor
 from retrikt_ray.runtime.cluster import Workers, room
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import follow
+
+CHECKPOINT_S = 300  # at most so much work is lost with a node
 
 
 def launch(
@@ -195,6 +198,7 @@ class Session(Solo):
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.board, self.tensors = config["board"], tensors
         self.every = max(1, total // 8)
+        self.saved = time.monotonic()
         self.notes: dict[str, Any] = {}
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
@@ -219,11 +223,19 @@ class Session(Solo):
         return value
 
     def done(self, step: int, note: str = "") -> None:
-        """Tell the driver that `step` steps are done, and checkpoint every eighth of the way."""
+        """Tell the driver that `step` steps are done, and checkpoint every eighth of the way, and every five minutes."""
         if self.rank == 0:
             self.board.post.remote(step, self.total, note)
-        if step % self.every == 0 or step == self.total:
+        if step % self.every == 0 or step == self.total or self.late():
             self.save(step)
+            self.saved = time.monotonic()
+
+    def late(self) -> bool:
+        """Whether the last checkpoint is too long ago, by the first worker's clock: all of them save, or none. A collective."""
+        flag = torch.tensor([float(time.monotonic() - self.saved > CHECKPOINT_S)])
+        if self.world > 1:
+            dist.broadcast(flag, 0)
+        return bool(flag.item())
 
     def save(self, step: int) -> None:
         import ray.train

@@ -28,6 +28,7 @@ from retrikt_ray.serving.reading import Refusal
 from retrikt_ray.serving.wire import RetrieveBody
 from retrikt_ray.task.texts import Text
 
+LEAST = 1e-9  # probability of which a logarithm is told: JSON has no infinity
 EVIDENCE = ("id", "text", "text_pair", "source", "label", "score")  # of a row, beside what it was found by
 
 
@@ -199,7 +200,7 @@ class Endpoint:
         """Labels and scores of one answer (C,), best first; a regression's value is the score of LABEL_0, as Hugging Face has it."""
         if len(answer) == 1:
             return [{"label": "LABEL_0", "score": float(answer[0])}]
-        labels, values = self.predictor.task.labels, (np.log(answer) if raw else answer).tolist()
+        labels, values = self.predictor.task.labels, (np.log(np.maximum(answer, LEAST)) if raw else answer).tolist()
         return [{"label": labels[i], "score": values[i]} for i in np.argsort(-answer, kind="stable")[:most].tolist()]
 
     def explanations(self, part: Prediction) -> list[dict[str, Any]]:
@@ -212,7 +213,7 @@ class Endpoint:
             best = int(answer.argmax())
             left = {name: None if np.isnan(others[i]).any() else self.scores(others[i]) for name, others in without.items()}
             for name, scores in left.items():
-                if scores and len(answer) > 1 and scores[0]["label"] != self.scores(answer, 1)[0]["label"]:
+                if part.told[i] < 0 and scores and len(answer) > 1 and scores[0]["label"] != self.scores(answer, 1)[0]["label"]:
                     self.metrics.decided.labels(name).inc()
             shown = {
                 side: [
@@ -224,6 +225,7 @@ class Endpoint:
             out.append(
                 {
                     "prediction": self.scores(answer),
+                    "told": None if part.told[i] < 0 else part.view.row(int(part.told[i]))["id"],
                     "student": self.scores(part.student[i]),
                     "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in part.voices.items()},
                     "without": left,

@@ -198,6 +198,7 @@ class Explanation(BaseModel):
     """A prediction and what it rests on."""
 
     prediction: Scores
+    told: str | None = Field(description="Id of the added row that is this text word for word: its label is the answer.")
     student: Scores = Field(description="The student's own answer.")
     votes: dict[str, Scores | None] = Field(description="What dense, lexical and ngrams say; null where nothing was found.")
     without: dict[str, Scores | None] = Field(description="The answer without each voice; null where nothing would be left.")

@@ -1,7 +1,8 @@
 """Texts that say the same: equal ones, near duplicates in a whole store, and copies of held-out texts. Pure functions.
 
-Near duplicates are found by MinHash and locality-sensitive hashing (Broder 1997; datasketch's MinHash) over words and pairs of neighbouring words, and
-are then compared exactly, so that chance decides at most whether a pair is looked at, by one seed: what is rejected is a function of the rows and their order.
+Near duplicates are found by MinHash and locality-sensitive hashing (Broder 1997; datasketch's MinHash) over words and pairs of neighbouring
+words, and are then compared exactly. Chance decides at most whether a pair is looked at, and by one seed: what is rejected is a function of the
+rows and their order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Words of a text, whatever its script, and how varied texts are in their words. Pure functions.
 
-Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan are written without spaces between words. There every character counts as a word: dictionaries that find the
-words are large, one for each language, and disagree; runs of characters compare texts as well.
+Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan are written without spaces between words. There every character counts as a word:
+dictionaries that find the words are large, one for each language, and disagree; runs of characters compare texts as well.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
     monkeypatch.setattr(module, "GROUPS", {name: group(name) for name in ("labels", "teacher")})
     monkeypatch.setattr(module, "made", made)
-    monkeypatch.setattr(module.cluster, "connect", lambda _: None)
+    monkeypatch.setattr(module.cluster, "connect", lambda *_: None)
     monkeypatch.setattr(module, "plan", lambda *_: None)
     return calls
 

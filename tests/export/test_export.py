@@ -59,10 +59,10 @@ def test_edits_go_along(tmp_path: Path) -> None:
     knowledge.add([{"id": "new", "text": "zebra crossing", "label": "positive"}])
     knowledge.delete("train-000003")
     export(run.uri, str(tmp_path / "out"))
-    texts = ["zebra crossing", *TEXTS]
+    texts = ["Zebra crossing", "crossing zebra", *TEXTS]
     got = asked(tmp_path / "out", texts)
     np.testing.assert_allclose([g["scores"] for g in got], Predictor.open(run).predict(texts).answers, rtol=1e-4, atol=1e-5)
-    assert got[0]["neighbours"][0]["id"] == "new"
+    assert got[0]["neighbours"][0]["id"] == "new" and got[0]["scores"] == [0.0, 1.0] and 0 < got[1]["scores"][0] < 1
     assert "train-000003" not in {n["id"] for g in got for n in g["neighbours"]}
 
 

@@ -12,7 +12,6 @@ from scipy.optimize import minimize
 
 from retrikt_ray.index.mixture import (
     ALONE,
-    DOUBT,
     FLOOR,
     KS,
     LEXICAL_TAUS,
@@ -303,8 +302,8 @@ def test_weights_in_regression_are_the_best_of_those_that_sum_to_1() -> None:
 
 def test_pays() -> None:
     two, one = np.array([0.0, 2.0, 0.0, 2.0]), np.array([-1.0, 3.0, -1.0, 3.0])  # mean 1; standard error 1/2, and 1
-    assert pays("student", two) and pays("ngrams", two) and not pays("ngrams", one)
-    assert not pays("lexical", two) and not pays("dense", two)  # they cost more time than all else: 3 standard errors
+    assert pays("dense", two) and pays("ngrams", two) and not pays("dense", one)
+    assert not pays("lexical", two)  # costs more time than all others: 3 standard errors
     assert pays("lexical", np.array([0.5, 1.5, 0.5, 1.5])) and not pays("ngrams", np.zeros(4)) and not pays("ngrams", -two)
 
 
@@ -352,7 +351,7 @@ def test_voices_that_each_know_something_speak_together() -> None:
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), classes=st.sampled_from([1, 2, 4]), rows=st.integers(2, 40))
 def test_never_worse_than_the_best_single_voice(seed: int, classes: int, rows: int) -> None:
-    """On the rows that it is fitted on, against each voice alone; a slow voice may be better, but not beyond noise."""
+    """On the rows that it is fitted on, each voice alone having its best weight or 1."""
     rng = np.random.default_rng(seed)
     if classes == 1:
         targets = rng.normal(size=(rows, 1))
@@ -368,11 +367,11 @@ def test_never_worse_than_the_best_single_voice(seed: int, classes: int, rows: i
     if classes == 1:
         assert sum(weights) == pytest.approx(1, abs=3e-4)
     voices = voices_of(dense_votes, lexical_votes, (ngrams, found), fitted)
-    loss = losses(mix(student, voices, fitted), targets)
+    loss = losses(mix(student, voices, fitted), targets).mean()
     for name in NAMES:
-        alone = Mixture(**dict.fromkeys(NAMES, 0.0) | {name: 1.0}, k=8, tau=TAU, lexical_k=8, lexical_tau=LEXICAL_TAU)
-        other = losses(mix(student, voices, alone), targets)
-        assert loss.mean() <= other.mean() + 1e-3 or (name in DOUBT and not pays(name, loss - other))
+        for weight in (0.5, 1.0, 2.0) if classes > 1 else (1.0,):
+            alone = Mixture(**dict.fromkeys(NAMES, 0.0) | {name: weight}, k=8, tau=TAU, lexical_k=8, lexical_tau=LEXICAL_TAU)
+            assert loss <= losses(mix(student, voices, alone), targets).mean() + 1e-3
 
 
 def test_scale_and_back() -> None:

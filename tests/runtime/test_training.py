@@ -192,3 +192,17 @@ def test_run_draws_other_noise_on_other_workers() -> None:
 
         training.run(Recorded(parameter, 1, rank=rank, world=2), [[0, 1]], loss_of)
     assert drawn[0] != drawn[1]
+
+
+def test_checkpoints_come_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An eighth of the steps here is ten; step 13 takes six minutes."""
+    saved: list[int] = []
+    session = object.__new__(training.Session)
+    session.rank, session.world, session.total, session.every, session.saved = 1, 1, 80, 10, 0.0
+    monkeypatch.setattr(session, "save", saved.append)
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    for step in range(1, 26):
+        clock[0] += 360 if step == 13 else 1
+        session.done(step)
+    assert saved == [10, 13, 20]

@@ -1,0 +1,92 @@
+"""A cluster of several nodes on this machine, with an object store in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from making.autoscaling import free_ports
+
+SETTINGS = {"RAY_AUTH_MODE": "disabled", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """moto in a process of its own, with a bucket `runs`. Yields the environment that leads to it."""
+    (port,) = free_ports(1)
+    env = {**SETTINGS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        import boto3
+        from botocore.exceptions import EndpointConnectionError
+
+        client = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"], aws_access_key_id="test", aws_secret_access_key="test")
+        for _ in range(60):
+            try:
+                client.create_bucket(Bucket="runs")
+                break
+            except EndpointConnectionError:
+                assert process.poll() is None, "moto did not start"
+                time.sleep(0.5)
+        yield env
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass
+class LocalNodes:
+    """A head without CPUs, and workers of two CPUs."""
+
+    cluster: Any
+    env: dict[str, str]  # of a driver on the head
+    dashboard: str
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=2)
+
+    def kill(self, node: Any) -> None:
+        """SIGKILL to the node's raylet, and to all that was its own, as when a machine loses its power."""
+        raylet = node.all_processes["raylet"][0].process.pid
+        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(raylet)], capture_output=True, text=True).stdout.split()
+        for pid in (raylet, *map(int, workers)):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue  # a worker that ended by itself
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def local_nodes(workers: int) -> Iterator[LocalNodes]:
+    """Nodes in processes of their own, and an object store beside them."""
+    from ray.cluster_utils import Cluster
+
+    with s3_server() as settings:
+        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)  # which the nodes inherit
+        dashboard, agent = free_ports(2)
+        system = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")} | {
+            "health_check_failure_threshold": 4
+        }
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
+        cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
+        try:
+            found = LocalNodes(cluster, os.environ | {"RAY_ADDRESS": cluster.address}, f"http://127.0.0.1:{dashboard}")
+            for _ in range(workers):
+                found.add()
+            yield found
+        finally:
+            cluster.shutdown()
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
