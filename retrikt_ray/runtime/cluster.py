@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # spinning torch threads starve each other on few cores
 }
 joined = ClusterConfig()  # what the cluster that this process is connected to can become
+private = False  # it is one of this process alone, which does not grow whatever a config says of another
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,17 @@ def connect(log_file: Path | None = None, config: ClusterConfig | None = None) -
     A local cluster offers two logical CPUs more than this process may use, for Ray's light coordinating tasks. What is not in the environment of
     a job already goes to its workers on all nodes. Ray's Python logs go to `log_file`; the terminal belongs to progress and results.
     """
-    global joined
+    global joined, private
     ours = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(ours)
     if log_file is not None:
         send_stderr_to(log_file)
     import ray
 
-    joined = config or ClusterConfig()
-    if os.environ.get("RAY_ADDRESS") and not joined.nodes:
-        joined = joined.model_copy(update={"nodes": launched()})
+    elsewhere = bool(os.environ.get("RAY_ADDRESS"))
     if not ray.is_initialized():
-        if os.environ.get("RAY_ADDRESS"):
+        private = not elsewhere
+        if elsewhere:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": ours})
         else:
             from joblib import cpu_count  # unlike os.cpu_count it knows a container's share
@@ -83,6 +83,9 @@ def connect(log_file: Path | None = None, config: ClusterConfig | None = None) -
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+    joined = ClusterConfig() if private or config is None else config
+    if elsewhere and not joined.nodes:
+        joined = joined.model_copy(update={"nodes": launched()})
     from ray.data import DataContext
 
     context = DataContext.get_current()

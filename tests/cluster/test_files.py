@@ -231,7 +231,10 @@ def unknown_keys(value: Any, schema: Any, path: str = "") -> list[str]:
     return wrong + [k for name, v in value.items() if name in known for k in unknown_keys(v, getattr(schema, name), f"{path}.{name}")]
 
 
-def test_the_serve_config_of_clusters_has_only_keys_that_serve_and_the_app_know() -> None:
+def test_the_serve_config_of_clusters_has_only_keys_that_serve_and_the_app_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pod in (cluster_in("rayservice.yaml")["headGroupSpec"], *cluster_in("rayservice.yaml")["workerGroupSpecs"]):
+        for variable in pod["template"]["spec"]["containers"][0]["env"]:
+            monkeypatch.setenv(variable["name"], f"a-key-from-{variable['valueFrom']['secretKeyRef']['name']}-{variable['name']}")
     config = yaml.safe_load((REPO / "serve" / "cluster.yaml").read_text())
     assert unknown_keys(config, ServeDeploySchema.model_validate(config)) == []
     assert config["proxy_location"] == "EveryNode" and config["http_options"]["host"] == "0.0.0.0"

@@ -156,7 +156,7 @@ def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     yield given
     os.environ.clear()
     os.environ.update(before)
-    cluster.joined = ClusterConfig()
+    cluster.joined, cluster.private = ClusterConfig(), False
     DataContext.get_current().execution_no_progress_timeout_s = timeout
 
 
@@ -170,13 +170,16 @@ def test_the_environment_goes_to_the_workers_of_all_nodes(begun: dict[str, Any],
     assert {name: os.environ[name] for name in sent} == sent and os.environ["TOKENIZERS_PARALLELISM"] == "true"
 
 
-def test_waiting_for_a_node_is_no_hang(begun: dict[str, Any]) -> None:
+def test_waiting_for_a_node_is_no_hang(begun: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of this process alone does not grow, whatever the config says of another."""
     from ray.data import DataContext
 
-    cluster.connect(None, ClusterConfig(nodes=(NodeConfig(cpu=8, max=2),), wait_s=900))
-    assert DataContext.get_current().execution_no_progress_timeout_s == 600 + 900
-    cluster.connect(None, ClusterConfig())
-    assert DataContext.get_current().execution_no_progress_timeout_s == 600
+    grows = ClusterConfig(nodes=(NodeConfig(cpu=8, max=2),), wait_s=900)
+    cluster.connect(None, grows)
+    assert DataContext.get_current().execution_no_progress_timeout_s == 600 and not cluster.joined.nodes
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.connect(None, grows)
+    assert DataContext.get_current().execution_no_progress_timeout_s == 600 + 900 and cluster.joined == grows
 
 
 def test_a_local_cluster_has_the_cpus_of_the_container(begun: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
