@@ -89,7 +89,7 @@ bench-index-query: install-bench ## Latency of a query at 1M vectors beside plai
 bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compared with a fresh build
 	$(BIN)/python -m jobs.bench_edit
 
-drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (4 minutes)
+drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
 
 drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
