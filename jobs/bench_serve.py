@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import shutil
 import socket
 import statistics
 import subprocess
@@ -50,7 +51,10 @@ def bare(run: str, port: int, size: int) -> None:
     cluster.connect()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(Bare.bind(), name="bare")
-    sys.stdin.read()
+    try:
+        sys.stdin.read()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def plain(run: str, port: int, size: int) -> None:

@@ -72,6 +72,7 @@ class Explanation(TypedDict):
     """A prediction with what it rests on."""
 
     prediction: list[Score]
+    told: str | None  # id of the added row that is this text word for word, whose label is the answer
     student: list[Score]
     votes: Votes
     without: dict[str, list[Score] | None]  # the answer without each voice; None where nothing would be left

@@ -82,7 +82,7 @@ def test_explain_shows_both_sides_and_what_they_voted(single: Replica, predictor
     answer = single.post("explain", {"inputs": "the cast was cold"}).json()
     found = predictor.predict("the cast was cold")
     assert found.dense is not None and found.lexical is not None
-    assert set(answer) == {"prediction", "student", "votes", "without", "neighbours", "lexical_neighbours", "ngrams", "mixture"}
+    assert set(answer) == {"prediction", "told", "student", "votes", "without", "neighbours", "lexical_neighbours", "ngrams", "mixture"}
     assert scores(answer["prediction"]) == named(found.answers[0])
     assert scores(answer["student"]) == named(found.student[0])
     assert [bare(answer["neighbours"])] == rows_of(predictor, found.dense, "similarity")
