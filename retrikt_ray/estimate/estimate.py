@@ -19,9 +19,9 @@ from retrikt_ray.runtime.progress import console, listening
 from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.student.rows import MOST_TIMES
 
-WAVES = 4  # shards that each worker writes in the small run: fewer say little about their rate
+WAVES = 6  # shards that each worker writes in the small run: fewer say little about their rate
 UNLABELLED = 400  # texts of the domain in the small run
-STEPS = 16  # of a training there, about
+STEPS, STUDENT_STEPS = 16, 240  # of a training there, about; the student's are short
 FILE = "estimate.json"
 
 
@@ -51,7 +51,9 @@ def estimate(config: RunConfig, out: str) -> dict[str, Any]:
         scaling.amounts(config, train, unlabelled, MOST_TIMES),
         scaling.amounts(small, train, of_probe.rows["unlabelled"], MOST_TIMES),
     )
-    result = total([row(stage, probe, config, *found[stage.name], ratios) for stage in pipeline.STAGES], *tokens(probe, config))
+    rows = [row(stage, probe, config, *found[stage.name], ratios) for stage in pipeline.STAGES]
+    with_trainings(rows, probe)
+    result = total(rows, *tokens(probe, config))
     folder.remove()
     run.folder.write_json(FILE, result)
     return result
@@ -75,7 +77,7 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
         "reinforce": {"steps": min(config.reinforce.steps, 4)},
         "generate": {"rows": rows, "max_tokens": 0, "max_seconds": 0, "max_cost": 0},
         "annotate": {},
-        "distill": {"epochs": min(config.distill.epochs, 2)},
+        "distill": {"epochs": min(config.distill.epochs, -(-STUDENT_STEPS * config.distill.batch // (rows + train)))},
     }
     sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     return config.model_copy(update=sections)
@@ -99,6 +101,17 @@ def row(
         "memory_mb": round(memory),
         "cost": round(cost, 4),
     }
+
+
+def with_trainings(rows: list[dict[str, Any]], probe: pipeline.Run) -> None:
+    """Add to evaluate what its systems train beyond the small run: together about as long as the student itself; half of it is in doubt."""
+    by_stage = {r["stage"]: r for r in rows}
+    manifest = read_manifest(probe.artifact("student"))
+    assert manifest is not None
+    more = max(0.0, by_stage["distill"]["seconds"] - manifest.seconds)
+    evaluate = by_stage["evaluate"]
+    evaluate["cost"] = round(evaluate["cost"] * (1 + more / max(evaluate["seconds"], 1e-9)), 4)
+    evaluate["seconds"], evaluate["plus_minus"] = round(evaluate["seconds"] + more, 1), round(evaluate["plus_minus"] + more / 2, 1)
 
 
 def tokens(probe: pipeline.Run, config: RunConfig) -> tuple[int, int]:

@@ -35,11 +35,13 @@ def part(label: str, points: list[tuple[float, float]]) -> Part | None:
         return None
     t, done = np.array(points).T
     units = float(done[-1])
-    if len(points) < 3 or t[-1] == t[0] or units == done[0]:
-        return Part(label, units, units / t[-1], FEW_POINTS)
-    half = len(points) // 2
+    if len(points) < 6 or t[-1] == t[0] or units == done[0]:
+        moved = (units - done[0]) / (t[-1] - t[0]) if t[-1] > t[0] else 0.0  # without the start of its workers, where two points tell
+        return Part(label, units, float(moved) or units / t[-1], FEW_POINTS)
+    t, done = t[len(points) // 3 :], done[len(points) // 3 :]  # the first steps are slow: caches, lazy imports
+    half = len(t) // 2
     slopes = [slope(t[i], done[i]) for i in (slice(None), slice(0, half + 1), slice(half, None))]
-    rate = slopes[0] if slopes[0] > 0 else units / t[-1]
+    rate = slopes[0] if slopes[0] > 0 else units / points[-1][0]
     halves = [s for s in slopes[1:] if s > 0]
     doubt = abs(halves[0] - halves[1]) / sum(halves) if len(halves) == 2 else FEW_POINTS
     return Part(label, units, float(rate), float(doubt))
@@ -80,7 +82,6 @@ def amounts(config: Any, train: int, unlabelled: int, most_times: int) -> dict[s
         "index: shards": domain + rows,
         "index: n-grams": domain + rows,
         "index: n-gram weights": domain + rows,
-        "evaluate: systems": learnt * config.distill.epochs,
     }
 
 

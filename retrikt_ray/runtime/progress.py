@@ -117,9 +117,15 @@ class Board:
 
     def __init__(self) -> None:
         self.state: tuple[float, float, str] = (0.0, 0.0, "")
+        self.points: list[tuple[float, float]] = []  # (seconds since it began, done): short work is over between two looks at the state
+        self.began = time.monotonic()
 
     def post(self, done: float, total: float, note: str) -> None:
         self.state = (done, total, note)
+        self.points.append((time.monotonic() - self.began, done))
+
+    def heard(self) -> list[tuple[float, float]]:
+        return self.points
 
     def read(self) -> tuple[float, float, str]:
         return self.state
@@ -150,4 +156,6 @@ def follow(label: str, unit: str) -> Iterator[Any]:
         finally:
             stop.set()
             thread.join(timeout=6)
+            if _heard:
+                tracker.points = ray.get(board.heard.remote())
             ray.kill(board)

@@ -11,9 +11,11 @@ from retrikt_ray.estimate.scaling import Part
 
 def test_a_rate_is_the_slope_of_progress_not_of_the_start() -> None:
     """Workers need 8 s to start; then two of them write 10 rows each every 2 s."""
-    found = scaling.part("generate", [(10, 10), (10, 20), (12, 30), (12, 40), (14, 50), (14, 60), (16, 70), (16, 80)])
-    assert found is not None and found.units == 80 and found.rate == pytest.approx(10, rel=0.06) and found.doubt < 0.1
-    slowing = scaling.part("generate", [(1, 10), (2, 20), (3, 30), (4, 35), (5, 40), (6, 45)])
+    found = scaling.part("generate", [(10, 10), (10, 20), (12, 30), (12, 40), (14, 50), (14, 60), (16, 70), (16, 80), (18, 90), (18, 100)])
+    assert found is not None and found.units == 100 and found.rate == pytest.approx(10, rel=0.06) and found.doubt < 0.2
+    warm = scaling.part("train", [(5, 1), (9, 2), *((9 + i / 10, 2 + i) for i in range(1, 11))])
+    assert warm is not None and warm.rate == pytest.approx(10) and warm.doubt < 0.01  # the first, slow steps do not count
+    slowing = scaling.part("generate", [*((i, 10 * i) for i in range(1, 9)), *((8 + i, 80 + 5 * i) for i in range(1, 5))])
     assert slowing is not None and 5 < slowing.rate < 10 and slowing.doubt > 0.2
 
 
