@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,13 +32,12 @@ def prepared(run: pipeline.Run, folder: Path) -> Path:
 
 def workers_of(driver: psutil.Process) -> list[psutil.Process]:
     """The actors that write shards, of this driver's own Ray."""
-    found = []
-    for child in driver.children(recursive=True):
-        try:
-            if "ShardWriter" in " ".join(child.cmdline()):
-                found.append(child)
-        except psutil.Error:  # gone meanwhile
-            continue
+    found: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # the driver has ended
+        for child in driver.children(recursive=True):
+            with suppress(psutil.Error):  # it has gone meanwhile
+                if "ShardWriter" in " ".join(child.cmdline()):
+                    found.append(child)
     return found
 
 
@@ -63,8 +63,9 @@ def test_thirty_kills_lose_and_double_nothing(run: pipeline.Run, tmp_path: Path)
                     time.sleep(0.1)
                 time.sleep(rng.uniform(0, 3))
                 if victims := workers_of(driver):
-                    rng.choice(victims).kill()
-                    kills["worker"] += 1
+                    with suppress(psutil.NoSuchProcess):
+                        rng.choice(victims).kill()
+                        kills["worker"] += 1
             else:  # the driver: from its imports to its seal
                 time.sleep(rng.uniform(0, 15))
                 if process.poll() is None:
