@@ -43,7 +43,7 @@ class Stage:
 STAGES = (
     Stage("task", "prepare", "Read, check and sample the task.", (), ("task",)),
     Stage("teacher", "teach", "Tune the generation prompt and the annotator.", ("task",), ("teacher",)),
-    Stage("policy", "reinforce", "PPO on the generation prompt.", ("task", "teacher"), ("policy",)),
+    Stage("policy", "reinforce", "Reinforcement of the generation prompt.", ("task", "teacher"), ("policy",)),
     Stage("store", "generate", "Generate texts.", ("task", "teacher", "policy"), ("generated",)),
     Stage("store", "annotate", "Label, embed and filter them: the store.", ("task", "teacher", "generated"), ("store", "rejected")),
     Stage("student", "distill", "Train the student.", ("task", "teacher", "store"), ("student",)),

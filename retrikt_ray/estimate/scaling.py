@@ -75,7 +75,7 @@ def amounts(config: Any, train: int, unlabelled: int, most_times: int) -> dict[s
     return {
         "teach: prompt": train * config.teach.prompt_epochs,
         "teach: annotator": train * config.teach.annotator_epochs,
-        "reinforce: PPO": config.reinforce.steps,
+        "reinforce: prompt": config.reinforce.steps,
         "generate": rows,
         "annotate": domain + rows,
         "distill: student": learnt * config.distill.epochs,

@@ -1,12 +1,14 @@
-"""PPO on token sequences: the maths, without Ray and without a model.
+"""Policy gradients on token sequences: the maths, without Ray and without a model.
 
 Notation: B texts of at most T tokens, right-padded; `mask` (B, T) is 1 on tokens that were generated, <eos> included. The action at t is
-the t-th token. Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347); GAE, Schulman et al. 2016 (arXiv 1506.02438); per-token KL reward
-and adaptive coefficient, Ziegler et al. 2019 (arXiv 1909.08593, section 2.2); low-variance KL estimator, Schulman 2020 (k3).
+the t-th token. `total` sums a tensor over the workers, each of which has some of the texts. Sources: PPO, Schulman et al. 2017 (arXiv 1707.06347);
+GAE, Schulman et al. 2016 (arXiv 1506.02438); per-token KL reward and adaptive coefficient, Ziegler et al. 2019 (arXiv 1909.08593, section 2.2);
+leave-one-out baseline (RLOO), Ahmadian et al. 2024 (arXiv 2402.14740, section 3.2); low-variance KL estimator, Schulman 2020 (k3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,16 +27,37 @@ class Rollout(NamedTuple):
     scores: Tensor  # (B,) reward of the whole text
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+Total = Callable[[Tensor], Tensor]
+
+
+def alone(x: Tensor) -> Tensor:
+    """The sum over one worker."""
+    return x
+
+
+def masked_mean(x: Tensor, mask: Tensor, total: Total = alone) -> Tensor:
     """Mean over the entries with mask 1. Shapes equal; scalar."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    sums = total(torch.stack([(x * mask).sum(), mask.sum().to(x.dtype)]))
+    return sums[0] / sums[1].clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the masked entries; zeros elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+def whiten(x: Tensor, mask: Tensor, total: Total = alone) -> Tensor:
+    """Zero mean and unit variance over the masked entries of all workers; zeros elsewhere."""
+    mean = masked_mean(x, mask, total)
+    variance = masked_mean((x - mean) ** 2, mask, total)
     return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def leave_one_out(rewards: Tensor, conditions: Tensor) -> Tensor:
+    """RLOO: each text's reward less the mean of the others of its condition, or, where there are none, of all others. (B,), (B,) -> (B,)
+
+    Needs two texts at least; what a text got itself is in no baseline of its own, so that the gradient stays unbiased.
+    """
+    same = (conditions[:, None] == conditions[None]).to(rewards.dtype)
+    same.fill_diagonal_(0)
+    others = torch.ones_like(same).fill_diagonal_(0)
+    peers = torch.where(same.sum(1, keepdim=True) > 0, same, others)
+    return rewards - peers @ rewards / peers.sum(1)
 
 
 def token_rewards(scores: Tensor, log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, kl_weight: float) -> Tensor:
@@ -61,34 +84,27 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, (advantages + values) * mask
 
 
-def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate -min(rho A, clip(rho, 1 - clip, 1 + clip) A), mean over tokens, and the share of tokens that were clipped."""
+def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """Clipped surrogate of each token: -min(rho A, clip(rho, 1 - clip, 1 + clip) A). (B, T)"""
     ratio = torch.exp(log_probs - old_log_probs)
-    plain, clipped = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
-    return masked_mean(torch.maximum(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    return torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
-    """0.5 max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the old value; mean over tokens."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """0.5 max((V - R)^2, (V_clipped - R)^2) of each token, V_clipped within `clip` of the old value. (B, T)"""
     near = old_values + (values - old_values).clamp(-clip, clip)
-    return 0.5 * masked_mean(torch.maximum((values - returns) ** 2, (near - returns) ** 2), mask)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
-def approx_kl(log_probs: Tensor, other_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """KL(pi || other) per token from samples of pi: mean of (q - 1) - log q with q = other / pi; never negative."""
+def approx_kl(log_probs: Tensor, other_log_probs: Tensor) -> Tensor:
+    """KL(pi || other) at each token, from samples of pi: (q - 1) - log q with q = other / pi; never negative. (B, T)"""
     log_q = other_log_probs - log_probs
-    return masked_mean(torch.expm1(log_q) - log_q, mask)
+    return torch.expm1(log_q) - log_q
 
 
 def text_kl(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """KL of whole texts in nats: mean over texts of sum_t (log pi - log ref)."""
-    return ((log_probs - ref_log_probs) * mask).sum(1).mean()
-
-
-def entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean entropy of the next-token distribution in nats. logits (B, T, V)."""
-    log_p = torch.log_softmax(logits, -1)
-    return masked_mean(-(log_p.exp() * log_p).sum(-1), mask)
+    """KL of each text in nats: sum_t (log pi - log ref). (B,)"""
+    return ((log_probs - ref_log_probs) * mask).sum(1)
 
 
 def adapt_kl_weight(weight: float, kl: float, target: float) -> float:

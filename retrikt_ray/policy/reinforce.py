@@ -1,4 +1,4 @@
-"""Stage 3, reinforce: PPO on the generation prompt, with the frozen base as policy, reference and critic at once.
+"""Stage 3, reinforce: PPO or RLOO on the generation prompt, with the frozen base as policy, reference and critic at once.
 
 Policy and reference are the same base behind two prompts, the critic is a small head on its hidden states, and the annotator judges. Only
 prompt and head have gradients, so data parallelism moves a few kilobytes a step. A collapse ends the run early; what is kept is the best
@@ -7,7 +7,8 @@ prompt by the held-out texts, never just the last one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -18,26 +19,36 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 
 if TYPE_CHECKING:
-    from retrikt_ray.policy.loop import Agent, History
+    from retrikt_ray.policy.history import History
+    from retrikt_ray.policy.loop import Agent
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime.training import Session
 
-VERSION = 3
+VERSION = 4
+
+Algorithm = Literal["ppo", "rloo"]
 
 
 class ReinforceConfig(Scaled):
-    """PPO on the generation prompt."""
+    """Reinforcement of the generation prompt."""
 
-    steps: int = Field(16, ge=0, description="PPO iterations; 0 keeps the supervised prompt.")
+    algorithm: Algorithm = Field(
+        "rloo", description="rloo: each text against the others of its condition, no critic. ppo: a value head and generalised advantages."
+    )
+    steps: int = Field(16, ge=0, description="Iterations; 0 keeps the supervised prompt.")
     texts: int = Field(64, ge=4, description="Texts per iteration, over all workers.")
     epochs: int = Field(2, ge=1, description="Passes over the texts of an iteration.")
-    minibatch: int = Field(32, ge=1, description="Texts per gradient step.")
+    minibatch: int = Field(32, ge=1, description="Texts per gradient step, over all workers.")
+    temperature: float = Field(0.9, gt=0, description="Sampling temperature: that of `generate`, for which the prompt is tuned.")
+    top_k: int = Field(100, ge=0, description="Sample among this many likeliest tokens, as `generate` does; 0: all.")
     learning_rate: float = Field(0.01, gt=0, description="Peak learning rate of the prompt.")
-    value_learning_rate: float = Field(0.003, gt=0, description="Peak learning rate of the value head.")
+    value_learning_rate: float = Field(0.003, gt=0, description="Peak learning rate of the value head (ppo).")
     clip: float = Field(0.2, gt=0, description="Clip range of the probability ratio and, times 5, of the value.")
-    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
-    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda.")
-    kl_weight: float = Field(0.1, ge=0, description="Weight of the per-token KL to the supervised prompt.")
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token (ppo).")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE's lambda (ppo).")
+    kl_weight: float = Field(
+        0.1, ge=0, description="Weight of the KL to the supervised prompt, nats against standard deviations of the reward."
+    )
     kl_target: float = Field(0.0, ge=0, description="KL per text (nats) that the weight is adapted to; 0: the weight is fixed.")
     stop_kl: float = Field(0.1, gt=0, description="KL per token to the generating policy at which an iteration's passes end early.")
     collapse_kl: float = Field(20.0, gt=0, description="KL per text (nats) to the supervised prompt that counts as a collapse.")
@@ -45,31 +56,33 @@ class ReinforceConfig(Scaled):
         0.6, ge=0, le=1, description="Distinct-2, as a share of the supervised prompt's, that counts as a collapse."
     )
     watch_every: int = Field(4, ge=1, description="Iterations between looks at the held-out set.")
-    watch_texts: int = Field(64, ge=4, description="Texts of the held-out set.")
+    watch_texts: int = Field(192, ge=4, description="Texts of the held-out set.")
     weights: RewardWeights = RewardWeights()
     custom_rewards: dict[str, float] = Field(
         {}, description="More terms: {package.module:function: weight}, each (texts, labels) -> array of (N,)."
     )
 
 
-def ppo_loop(config: dict[str, Any]) -> None:
-    """PPO in a Ray Train worker. Rank 0 writes `prompts/` and `curves.json`."""
+def reinforce_loop(config: dict[str, Any]) -> None:
+    """Reinforcement in a Ray Train worker. Rank 0 writes `prompts/` and `curves.json`."""
     from retrikt_ray.policy.loop import Agent
     from retrikt_ray.policy.reward_model import RewardModel
     from retrikt_ray.runtime import training
     from retrikt_ray.teacher import prompts
     from retrikt_ray.teacher.annotator import Annotator
     from retrikt_ray.teacher.base import Base
+    from retrikt_ray.teacher.sampling import Sampling
 
     c, task, teacher = ReinforceConfig(**config["section"]), config["task"], config["teacher"]
     card = teacher.read_json("teacher.json")
     base = Base.load(card["base"], card["dtype"], card["chat"])
     supervised = prompts.load_prompts(teacher).to(base.device)
-    agent = Agent(base, supervised, task.prefixes, card["max_tokens"], task.lines, config["seed"])
+    sampling = Sampling(c.temperature, c.top_k)
+    agent = Agent(base, supervised, task.prefixes, card["max_tokens"], task.lines, config["seed"], sampling, c.algorithm)
     optimizer = agent.optimizer(c.learning_rate, c.value_learning_rate)
     session = training.Session(config, optimizer, agent.tensors(), c.steps)
     rows = config["task_folder"].read_table("train.parquet")
-    reward_model = RewardModel(base, Annotator.load(teacher), task, rows, c.weights, c.custom_rewards)
+    reward_model = RewardModel(base, Annotator.load(teacher, base), task, rows, c.weights, c.custom_rewards)
     history = train(c, agent, reward_model, session)
     if session.rank == 0:
         prompts.save_prompts(config["out"], agent.best, card["base"])
@@ -79,11 +92,15 @@ def ppo_loop(config: dict[str, Any]) -> None:
 def train(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session: Session) -> History:
     """All iterations from where the session starts. `agent.best` is then the prompt of `history.best_step`."""
     from retrikt_ray.policy import loop
+    from retrikt_ray.policy.history import History
 
-    history = loop.History.from_json(session.notes) if session.notes else loop.History(kl_weight=c.kl_weight)
-    reward_model.reservoir = history.reservoir
-    if not history.watch:
-        history.watch.append(loop.watch(agent, reward_model, c.watch_texts, 0, session.seed))
+    history = History.from_json(session.notes) if session.notes else History(kl_weight=c.kl_weight)
+    if session.notes:
+        reward_model.restore(history.scale, history.reservoir)
+    else:
+        figures, rewards = loop.watch(agent, reward_model, session, c.watch_texts, 0)
+        history.add_watch(figures, rewards, None)
+        history.scale = None if reward_model.scale is None else asdict(reward_model.scale)
     for step in range(session.start, c.steps):
         progress = "stopped" if history.collapse else iterate(c, agent, reward_model, session, history, step)
         history.reservoir = reward_model.reservoir
@@ -98,27 +115,29 @@ def iterate(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session
     Returns a line on the progress.
     """
     from retrikt_ray.policy import loop, ppo
+    from retrikt_ray.policy.history import collapse_reason
 
     session.set_rate(step)
     # 1. roll out
-    rows = session.share(list(range(c.texts)))
-    rollout, rewards = loop.roll_out(agent, reward_model, rows, step, session.seed)
+    asked = loop.schedule(step, c.texts, len(agent.prefixes), session.seed)
+    generated, rewards = loop.roll_out(agent, reward_model, session, asked, step)
+    rollout = loop.as_rollout(generated, rewards, session)
     # 2. advantages
-    advantages, returns = loop.advantages_of(rollout, session, history.kl_weight, c.gamma, c.lam)
+    advantages, returns = loop.advantages_of(rollout, session, c.texts, c.algorithm, history.kl_weight, c.gamma, c.lam)
     # 3. update
-    batches = loop.minibatches(len(rows), c.minibatch, c.epochs, session, step)
+    batches = loop.minibatches(c.texts, c.minibatch, c.epochs, session.seed, step)
     loop.update(agent, session, rollout, advantages, returns, batches, clip=c.clip, stop_kl=c.stop_kl)
     # 4. KL weight
-    kl = session.mean(ppo.text_kl(rollout.log_probs, rollout.ref_log_probs, rollout.mask)).item()
+    kl = loop.mean_kl(generated, session)
     if c.kl_target:
         history.kl_weight = ppo.adapt_kl_weight(history.kl_weight, kl, c.kl_target)
-    history.curve.append(loop.curve_point(session, step + 1, rewards, kl))
+    history.curve.append(loop.curve_point(step + 1, rewards, kl))
     # 5. watch
     if (step + 1) % c.watch_every == 0 or step + 1 == c.steps:
-        figures = loop.watch(agent, reward_model, c.watch_texts, step + 1, session.seed)
-        collapse = loop.collapse_reason(figures, history.watch[0], c.collapse_kl, c.collapse_distinct)
-        if history.add_watch(figures, collapse):
-            agent.best.copy_(agent.policy.detach())
+        figures, held_out = loop.watch(agent, reward_model, session, c.watch_texts, step + 1)
+        collapse = collapse_reason(figures, history.watch[0], c.collapse_kl, c.collapse_distinct, c.watch_texts)
+        if history.add_watch(figures, held_out, collapse):
+            agent.best.copy_(agent.policy().detach())
     return f"reward {rewards.total.mean():.2f}, fidelity {rewards.terms['fidelity'].mean():.2f}, KL {kl:.1f}"
 
 
@@ -134,7 +153,7 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
             if name.startswith("prompts/"):
                 policy.write_bytes(name, teacher.read_bytes(name))
         policy.write_json("curves.json", {"curve": [], "watch": [], "best_step": 0, "collapse": None})
-        return {"ppo": "off, the supervised prompt is kept"}
+        return {"reinforcement": "off, the supervised prompt is kept"}
     if not policy.exists("curves.json"):
         common = {
             "section": config.model_dump(),
@@ -144,7 +163,10 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
             "out": policy,
             "seed": seed,
         }
-        launch(ppo_loop, common, plan(config, "reinforce", cpus=2, grow=False), out["scratch"], "ppo", "reinforce: PPO")
+        planned = plan(config, "reinforce", cpus=2, grow=False)
+        if planned.count > config.texts:  # more would have nothing to write
+            planned = replace(planned, count=config.texts, least=None)
+        launch(reinforce_loop, common, planned, out["scratch"], config.algorithm, "reinforce: prompt")
     curves = policy.read_json("curves.json")
     best = next(figures for figures in curves["watch"] if figures["step"] == curves["best_step"])
     figures = {

@@ -83,7 +83,7 @@ def generator_repeats_itself(report: Report) -> str | None:
         return None
     return (
         f"{share:.0%} of the generated texts repeat earlier rows: the generator knows no more to say as it is asked. Raise generate.temperature or "
-        "generate.top_k, ask for fewer rows (generate.rows), or give PPO's novelty and diversity more weight (reinforce.weights)."
+        "generate.top_k, ask for fewer rows (generate.rows), or give the reward's novelty and diversity more weight (reinforce.weights)."
     )
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from retrikt_ray.runtime.cluster import Workers, room
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import follow
 
+T = TypeVar("T")
 CHECKPOINT_S = 300  # at most so much work is lost with a node
 
 
@@ -96,9 +97,9 @@ def warmup_linear(step: int, total: int, warmup: float = 0.1) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State of an Adam-type optimizer as flat tensors: `{i}.{name}`."""
+    """State of an Adam-type optimizer as flat tensors on the CPU: `{i}.{name}`."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{k}": torch.as_tensor(v).clone() for i, entry in state.items() for k, v in entry.items()}
+    return {f"{i}.{k}": torch.as_tensor(v).to("cpu", copy=True) for i, entry in state.items() for k, v in entry.items()}
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
@@ -166,6 +167,21 @@ class Solo:
         rows[self.rank] = own
         return torch.cat(rows).split(widths, 1)
 
+    def gather_rows(self, rows: list[T], count: int) -> list[T]:
+        """This worker's rows of a batch of `count`, as those of all workers, in the order before `share` cut them. A collective."""
+        if self.world == 1:
+            return rows
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, rows)
+        return [found[i % self.world][i // self.world] for i in range(count)]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the workers. A collective."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
     def set_rate(self, step: int) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * warmup_linear(step, self.total)
@@ -214,14 +230,6 @@ class Session(Solo):
         state = json.loads((folder / "state.json").read_text())
         self.start, self.notes = state["step"], state["notes"]
 
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the workers."""
-        if self.world > 1:
-            value = value.clone()
-            dist.all_reduce(value)
-            value /= self.world
-        return value
-
     def done(self, step: int, note: str = "") -> None:
         """Tell the driver that `step` steps are done, and checkpoint every eighth of the way, and every five minutes."""
         if self.rank == 0:
@@ -246,6 +254,6 @@ class Session(Solo):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             save_file({k: v.detach().contiguous().cpu() for k, v in self.tensors.items()}, folder / "tensors.safetensors")
-            save_file({k: v.contiguous().cpu() for k, v in optimizer_state(self.optimizer).items()}, folder / "optimizer.safetensors")
+            save_file({k: v.contiguous() for k, v in optimizer_state(self.optimizer).items()}, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": step, "notes": self.notes}))
             ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(name))

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.task.texts import Text, joined
-from retrikt_ray.teacher.base import model_path, pick_device, pick_dtype
+from retrikt_ray.teacher.base import Base, model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
 TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
@@ -179,13 +179,14 @@ class Annotator(nn.Module):
         (out / "classifier").write_json("classifier.json", card | {"soft_tokens": 0 if self.soft is None else len(self.soft)})
 
     @staticmethod
-    def load(teacher: Folder) -> Annotator:
-        """The trained annotator of a `teacher/` artifact."""
+    def load(teacher: Folder, base: Base | None = None) -> Annotator:
+        """The trained annotator of a `teacher/` artifact. base: its frozen base where it is there already; a `prompt` annotator then reads with it."""
         card = (teacher / "classifier").read_json("classifier.json")
         folder = teacher.local() / "classifier"
         path = str(folder / "backbone") if card["soft_tokens"] == 0 else model_path(card["base"])
         device = pick_device()
-        backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
+        shared = base is not None and card["kind"] == "prompt"
+        backbone = base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
         tokenizer = AutoTokenizer.from_pretrained(path)
         made = Annotator(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)

@@ -157,6 +157,16 @@ class Base:
         finally:
             hook.remove()
 
+    @cached_property
+    def plain_head(self) -> bool:
+        """Whether the logits are the output embeddings' product with the backbone's last states, and nothing more (no cap, no scale)."""
+        with torch.no_grad():
+            ids = torch.tensor([[self.eos, self.eos]], device=self.device)
+            wanted = self.model(input_ids=ids).logits.float()
+            states = self.model.base_model(input_ids=ids).last_hidden_state
+            got = self.model.get_output_embeddings()(states).float()
+        return got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-2, atol=1e-2 * float(wanted.std()))
+
     def head(self, template: str) -> list[int]:
         """Tokens of the readable start of a text: <bos> and the template, or a chat in which the template is what the user says."""
         if self.chat and template:

@@ -1,7 +1,7 @@
 """Prefixes: what stands before every text of a condition, soft tokens and then a readable template ("positive: ").
 
 It is the same for all texts of a condition, so its keys and values are computed once per condition. Gradients flow through them, so that SFT and
-PPO pay for the prefix once per condition too, not once per text.
+reinforcement pay for the prefix once per condition too, not once per text.
 """
 
 from __future__ import annotations

@@ -29,6 +29,13 @@ class SoftPrompt(nn.Module):
         return torch.cat([self.shared[None].expand(len(self.own), -1, -1), self.own], 1)
 
 
+def split(prompt: Tensor) -> SoftPrompt:
+    """The prompts of all conditions, (C, S, d), by what they share: the tokens in front that are the same in all of them."""
+    same = (prompt == prompt[:1]).all(-1).all(0)  # (S,)
+    shared = int(same.long().cumprod(0).sum())
+    return SoftPrompt(prompt[0, :shared], prompt[:, shared:])
+
+
 def from_texts(base: Base, texts: list[list[str]], shared: int, own: int, seed: int) -> SoftPrompt:
     """Start the prompts at embeddings of tokens drawn from the texts: own tokens from a condition's texts, shared ones from all.
 

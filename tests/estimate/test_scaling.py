@@ -44,7 +44,7 @@ def test_amounts() -> None:
         }
     )
     found = scaling.amounts(config, 60, 40, 8)
-    assert found["teach: prompt"] == 180 and found["reinforce: PPO"] == 5
+    assert found["teach: prompt"] == 180 and found["reinforce: prompt"] == 5
     assert found["annotate"] == 1100
     assert found["distill: student"] == (1000 + 800) * 2  # the 100 rows of the domain are repeated 8 times
     assert scaling.amounts(config, 60, 540, 8)["distill: student"] == (1000 + 1000) * 2

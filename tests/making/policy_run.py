@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -128,17 +128,29 @@ class FixedAnnotator:
         )
 
 
+class Written(NamedTuple):
+    """What is read of a text: nothing but itself."""
+
+    text: str
+
+
 class ScriptedRewards:
     """A reward model whose held-out texts get one scripted reward after the other, and whose other texts are better the longer they are."""
 
-    def __init__(self, held_out: list[float], watch_texts: int) -> None:
-        self.held_out, self.watch_texts = list(held_out), watch_texts
+    def __init__(self, held_out: list[float]) -> None:
+        self.held_out = list(held_out)
         self.reservoir: list[str] = []
+        self.scale = None
 
-    def __call__(self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor) -> Rewards:
-        held_out = len(texts) == self.watch_texts
-        total = np.full(len(texts), self.held_out.pop(0)) if held_out else np.array([float(len(t.encode())) for t in texts])
+    def read(self, texts: list[str], conditions: Tensor, ids: Tensor, mask: Tensor) -> list[Written]:
+        return [Written(text) for text in texts]
+
+    def judge(self, read: list[Written], *, held_out: bool = False) -> Rewards:
+        total = np.full(len(read), self.held_out.pop(0)) if held_out else np.array([float(len(r.text.encode())) for r in read])
         return Rewards(total, {"fidelity": total})
 
     def remember(self, texts: list[str]) -> None:
         self.reservoir = self.reservoir + texts
+
+    def restore(self, scale: None, reservoir: list[str]) -> None:
+        self.reservoir = reservoir

@@ -11,6 +11,7 @@ from retrikt_ray.policy.loop import Agent
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.teacher import lm, prompts
+from retrikt_ray.teacher.sampling import Sampling
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,8 @@ def start(root: Folder, base: lm.Base) -> Callable[..., tuple[Agent, LoneSession
     """Makes an agent at the supervised prompt and a session that trains it."""
 
     def make(c: ReinforceConfig, world: int = 1) -> tuple[Agent, LoneSession]:
-        agent = Agent(base, prompts.load_prompts(root / "teacher"), make_task().prefixes, MAX_TOKENS, make_task().lines, SEED)
+        task, sampling = make_task(), Sampling(c.temperature, c.top_k)
+        agent = Agent(base, prompts.load_prompts(root / "teacher"), task.prefixes, MAX_TOKENS, task.lines, SEED, sampling, c.algorithm)
         optimizer = agent.optimizer(c.learning_rate, c.value_learning_rate)
         return agent, LoneSession({"seed": SEED}, optimizer, agent.tensors(), c.steps, world)
 

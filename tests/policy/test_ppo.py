@@ -52,44 +52,52 @@ def test_gae_limits() -> None:
     assert_close(ppo.gae(rewards, values, mask, gamma=1.0, lam=0.0)[0], t([3, 4, -3]), rtol=0, atol=1e-12)
 
 
+def test_leave_one_out() -> None:
+    # Condition 0 has 1, 2, 6: less the means of the others, 4, 3.5, 1.5. Condition 1 has 10 alone: less the mean of all others, 3.
+    got = ppo.leave_one_out(torch.tensor([1.0, 10.0, 2.0, 6.0]), torch.tensor([0, 1, 0, 0]))
+    assert_close(got, torch.tensor([-3.0, 7.0, -1.5, 4.5]), rtol=0, atol=1e-6)
+
+
+def test_means_are_taken_over_all_workers() -> None:
+    # Another worker has the entries 5, 7: sums 12 and 2 of them, squares about their common mean 4: 1 + 9.
+    others = iter([t([12, 2])[0], t([10, 2])[0]])
+    x = ppo.whiten(t([1, 3, 100]), t([1, 1, 0]), lambda own: own + next(others))
+    assert_close(x, t([-3 / math.sqrt(5), -1 / math.sqrt(5), 0]), rtol=0, atol=1e-8)
+
+
 def test_policy_loss_clips_only_what_would_gain() -> None:
-    ratios = t([1.5, 0.5, 1.5, 0.5, 1.1, 9.0])
-    advantages, mask = t([1, 1, -1, -1, 2, 7]), t([1, 1, 1, 1, 1, 0])
-    loss, clipped = ppo.policy_loss(torch.log(ratios) - 3.0, torch.full_like(ratios, -3.0), advantages, mask, clip=0.2)
-    # -min(rho A, clip(rho) A): -1.2 (clipped from 1.5), -0.5, 1.5, 0.8 (clipped from 0.5), -2.2; the last is padding.
-    assert loss.item() == pytest.approx((-1.2 - 0.5 + 1.5 + 0.8 - 2.2) / 5, abs=1e-12)
-    assert clipped.item() == pytest.approx(2 / 5, abs=1e-12)
+    ratios, advantages = t([1.5, 0.5, 1.5, 0.5, 1.1]), t([1, 1, -1, -1, 2])
+    losses = ppo.policy_loss(torch.log(ratios) - 3.0, torch.full_like(ratios, -3.0), advantages, clip=0.2)
+    # -min(rho A, clip(rho) A): -1.2 (clipped from 1.5), -0.5, 1.5, 0.8 (clipped from 0.5), -2.2.
+    assert_close(losses, t([-1.2, -0.5, 1.5, 0.8, -2.2]), rtol=0, atol=1e-12)
 
 
 def test_policy_gradient_is_zero_where_clipped() -> None:
     log_probs = torch.log(t([1.5, 1.1])).requires_grad_()
-    ppo.policy_loss(log_probs, t([0, 0]), t([1, 1]), t([1, 1]), clip=0.2)[0].backward()
-    assert_close(log_probs.grad, t([0.0, -0.55]), rtol=0, atol=1e-12)  # d(-rho / 2) / d log rho = -1.1 / 2
+    ppo.policy_loss(log_probs, t([0, 0]), t([1, 1]), clip=0.2).sum().backward()
+    assert_close(log_probs.grad, t([0.0, -1.1]), rtol=0, atol=1e-12)  # d(-rho) / d log rho = -1.1
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped() -> None:
-    values, old, returns = t([2.0, 0.1, 3.0, -2.0, 8.0]), t([1.0, 0.0, 1.0, 1.0, 0.0]), t([2.0, 1.0, 0.0, -2.0, 8.0])
-    got = ppo.value_loss(values, old, returns, t([1, 1, 1, 1, 0]), clip=0.5)
-    # Plain: 0, 0.81, 9, 0. Clipped values 1.5, 0.1, 1.5, 0.5: 0.25, 0.81, 2.25, 6.25. Half the mean of the maxima.
-    assert got.item() == pytest.approx(0.5 * (0.25 + 0.81 + 9 + 6.25) / 4, abs=1e-12)
+    values, old, returns = t([2.0, 0.1, 3.0, -2.0]), t([1.0, 0.0, 1.0, 1.0]), t([2.0, 1.0, 0.0, -2.0])
+    # Plain: 0, 0.81, 9, 0. Clipped values 1.5, 0.1, 1.5, 0.5: 0.25, 0.81, 2.25, 6.25. Half the maxima.
+    assert_close(ppo.value_loss(values, old, returns, clip=0.5), t([0.125, 0.405, 4.5, 3.125]), rtol=0, atol=1e-12)
 
 
-def test_approx_kl() -> None:
-    # q = 2 and q = 1/2: (2 - 1) - log 2 and (0.5 - 1) + log 2; their mean is 0.25. The third is padding.
-    log_probs, other = t([-1, -1, 0]), t([-1 + math.log(2), -1 - math.log(2), 9])
-    assert ppo.approx_kl(log_probs, other, t([1, 1, 0])).item() == pytest.approx(0.25, abs=1e-12)
-    assert ppo.approx_kl(log_probs, other, t([1, 0, 0])).item() == pytest.approx(1 - math.log(2), abs=1e-12)  # not log 2 - 1/2
+def test_approx_kl_is_from_the_first_to_the_second() -> None:
+    # q = 2 and q = 1/2: (2 - 1) - log 2 and (0.5 - 1) + log 2.
+    log_probs, other = t([-1, -1]), t([-1 + math.log(2), -1 - math.log(2)])
+    assert_close(ppo.approx_kl(log_probs, other), t([1 - math.log(2), math.log(2) - 0.5]), rtol=0, atol=1e-12)
+    # Exact over a whole distribution: pi = (3/4, 1/4), other = (1/4, 3/4); KL(pi || other) = 0.5 log 3, and the other way round the same estimate is not.
+    pi, rho = torch.tensor([0.75, 0.25], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    exact = (pi * (pi / rho).log()).sum()
+    assert (pi * ppo.approx_kl(pi.log(), rho.log())).sum().item() == pytest.approx(exact.item(), abs=1e-12)
+    assert (pi * ppo.approx_kl(rho.log(), pi.log())).sum().item() != pytest.approx(exact.item(), abs=1e-2)
 
 
-def test_text_kl_is_a_sum_over_tokens_and_a_mean_over_texts() -> None:
+def test_text_kl_is_a_sum_over_tokens() -> None:
     got = ppo.text_kl(t([-1, -1, -1], [-2, -2, -9]), t([-2, -3, -1], [-1, -4, 0]), t([1, 1, 1], [1, 1, 0]))
-    assert got.item() == pytest.approx(2.0, abs=1e-12)  # (1 + 2 + 0) and (-1 + 2)
-
-
-def test_entropy() -> None:
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]]], dtype=torch.float64)) + 4
-    # 0.5 log 2 + 2 * 0.25 log 4 = 1.5 log 2, and log 3; the third place is padding.
-    assert ppo.entropy(logits, t([1, 1, 0])).item() == pytest.approx((1.5 * math.log(2) + math.log(3)) / 2, abs=1e-12)
+    assert got.tolist() == [3.0, 1.0]  # (1 + 2 + 0) and (-1 + 2)
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.1), (5.4, 0.9), (60.0, 1.2), (0.0, 0.8)])

@@ -12,8 +12,9 @@ import torch
 from making.policy_run import SEED, Checkpoint, LoneSession, ScriptedRewards, make_task
 from torch import Tensor
 
-from retrikt_ray.policy import loop, reinforce
-from retrikt_ray.policy.loop import Agent, History
+from retrikt_ray.policy import loop, reinforce, rewards
+from retrikt_ray.policy.history import History
+from retrikt_ray.policy.loop import Agent
 from retrikt_ray.policy.reinforce import ReinforceConfig
 from retrikt_ray.policy.reward_model import RewardModel
 from retrikt_ray.runtime import training
@@ -31,24 +32,30 @@ def config(**keys: object) -> ReinforceConfig:
     return ReinforceConfig(**(TINY | UNGUARDED | keys))
 
 
+def policy_at(session: LoneSession, checkpoint: int) -> Tensor:
+    """The prompts of a checkpoint."""
+    tensors = session.checkpoints[checkpoint].tensors
+    return prompts.SoftPrompt(tensors["policy.shared"], tensors["policy.own"])()
+
+
 def test_a_collapse_ends_the_run_at_the_best_prompt(start) -> None:
     """The second watch is over the limit, though its reward is the highest."""
     c = config(steps=5)
     agent, session = start(c)
-    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0, 3.0, 4.0, 5.0], 6), session)
+    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0, 3.0, 4.0, 5.0]), session)
     limit = (history.watch[1]["kl"] + history.watch[2]["kl"]) / 2
     assert history.collapse is None and history.watch[1]["kl"] < limit  # the unguarded run drifts on
 
     c = config(steps=5, collapse_kl=limit)
     agent, session = start(c)
-    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0], 6), session)
+    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0]), session)
     assert history.collapse is not None and history.collapse.startswith("step 2: KL ")
     assert len(history.curve) == 2 and len(history.watch) == 3 and session.updates == 2 * 4
     assert session.progress[2:] == ["stopped"] * 3 and len(session.progress) == 5
-    assert history.best_step == 1 and torch.equal(agent.best, session.checkpoints[0].tensors["policy"])
+    assert history.best_step == 1 and torch.equal(agent.best, policy_at(session, 0))
     last = session.checkpoints[-1]
     assert json.loads(last.notes)["collapse"] == history.collapse
-    assert torch.equal(last.tensors["policy"], session.checkpoints[1].tensors["policy"])  # nothing moves any more
+    assert torch.equal(last.tensors["policy.own"], session.checkpoints[1].tensors["policy.own"])  # nothing moves any more
 
 
 def test_a_run_that_had_collapsed_does_not_go_on_when_resumed(start) -> None:
@@ -56,23 +63,24 @@ def test_a_run_that_had_collapsed_does_not_go_on_when_resumed(start) -> None:
     agent, session = start(c)
     session.start = 2
     session.notes = History(kl_weight=0.1, watch=[{"step": 0, "reward": 0.0}], collapse="step 2: KL").to_json()
-    assert reinforce.train(c, agent, ScriptedRewards([], 6), session).collapse == "step 2: KL"
+    assert reinforce.train(c, agent, ScriptedRewards([]), session).collapse == "step 2: KL"
     assert session.progress == ["stopped"] * 2 and session.updates == 0
 
 
 def test_the_best_watched_prompt_is_kept_not_the_last(start) -> None:
-    c = config()
+    c = config(algorithm="ppo")
     agent, session = start(c)
-    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 3.0, 2.0], 6), session)
+    history = reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 3.0, 2.0]), session)
     assert history.best_step == 2
-    assert torch.equal(agent.best, session.checkpoints[1].tensors["policy"])
-    assert not torch.equal(agent.best, agent.policy)
-    # Of three steps, one is up and the third has half the peak rate; the critic has a rate of its own.
-    assert [group["lr"] for group in session.optimizer.param_groups] == pytest.approx([0.01, 0.0015])
+    assert torch.equal(agent.best, policy_at(session, 1))
+    assert not torch.equal(agent.best, agent.policy())
+    assert [group["lr"] for group in session.optimizer.param_groups] == pytest.approx(
+        [0.01, 0.0015]
+    )  # of three steps one is up, and the third has half the peak
     agent, session = start(c)
-    supervised = agent.policy.detach().clone()
-    assert reinforce.train(c, agent, ScriptedRewards([0.0, -1.0, -3.0, -2.0], 6), session).best_step == 0
-    assert torch.equal(agent.best, supervised) and not torch.equal(agent.policy, supervised)
+    supervised = agent.policy().detach().clone()
+    assert reinforce.train(c, agent, ScriptedRewards([0.0, -1.0, -3.0, -2.0]), session).best_step == 0
+    assert torch.equal(agent.best, supervised) and not torch.equal(agent.policy(), supervised)
 
 
 def test_an_iteration_ends_early_where_its_policy_has_moved_too_far(start) -> None:
@@ -81,7 +89,7 @@ def test_an_iteration_ends_early_where_its_policy_has_moved_too_far(start) -> No
     for stop_kl in (1e-4, 1e6):
         c = config(steps=2, stop_kl=stop_kl)
         agent, session = start(c)
-        reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0], 6), session)
+        reinforce.train(c, agent, ScriptedRewards([0.0, 1.0, 2.0]), session)
         counts[stop_kl] = session.updates
     assert counts == {1e-4: 2 * 1, 1e6: 2 * 4}
 
@@ -90,7 +98,7 @@ def test_the_kl_weight_follows_its_target(start) -> None:
     def run(target: float) -> tuple[LoneSession, History]:
         c = config(kl_weight=0.5, kl_target=target)
         agent, session = start(c)
-        return session, reinforce.train(c, agent, ScriptedRewards([0.0] * 4, 6), session)
+        return session, reinforce.train(c, agent, ScriptedRewards([0.0] * 4), session)
 
     fixed_session, fixed = run(0.0)
     assert fixed.kl_weight == 0.5 and fixed.curve[0]["kl"] == 0.0 < fixed.curve[1]["kl"]
@@ -99,7 +107,9 @@ def test_the_kl_weight_follows_its_target(start) -> None:
     assert adapted.curve[:2] == fixed.curve[:2]
     weights = [json.loads(checkpoint.notes)["kl_weight"] for checkpoint in session.checkpoints]
     assert weights[:2] == pytest.approx([0.5 * 0.8, 0.5 * 0.8 * 1.1], rel=1e-3) and adapted.kl_weight == weights[2]
-    policies = [(a.tensors["policy"], b.tensors["policy"]) for a, b in zip(fixed_session.checkpoints, session.checkpoints, strict=True)]
+    policies = [
+        (a.tensors["policy.own"], b.tensors["policy.own"]) for a, b in zip(fixed_session.checkpoints, session.checkpoints, strict=True)
+    ]
     assert torch.equal(*policies[0]) and not torch.equal(*policies[1])  # the new weight counts from the next iteration on
 
 
@@ -155,9 +165,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, held_out: list[float]) -> list[Ten
     policies: list[Tensor] = []
     watch = loop.watch
 
-    def collecting(agent: Agent, *arguments: Any) -> dict[str, float]:
-        policies.append(agent.policy.detach().clone())
-        return watch(agent, *arguments) | {"reward": held_out[len(policies) - 1]}
+    def collecting(agent: Agent, *arguments: Any) -> tuple[dict[str, float], list[float]]:
+        policies.append(agent.policy().detach().clone())
+        reward = held_out[len(policies) - 1]
+        figures, rewards = watch(agent, *arguments)
+        return figures | {"reward": reward}, [reward] * len(rewards)
 
     monkeypatch.setattr(loop, "watch", collecting)
     return policies
@@ -171,7 +183,7 @@ def test_the_stage_writes_the_best_prompt(stage, monkeypatch: pytest.MonkeyPatch
     curves = policy.read_json("curves.json")
     assert list(curves) == ["curve", "watch", "best_step", "collapse", "kl_weight"]
     assert curves["best_step"] == 2 and curves["collapse"] is None and len(curves["curve"]) == 3
-    assert list(curves["curve"][0]) == ["step", "reward", "kl", "fidelity", "diversity", "novelty", "domain", "fluency", "length"]
+    assert list(curves["curve"][0]) == ["step", "reward", "kl", *rewards.TERMS]
     assert figures == {"best_step": "2 of 3", "reward": "0.00 -> 3.00", "KL": curves["watch"][2]["kl"]}
 
 

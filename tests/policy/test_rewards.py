@@ -16,9 +16,9 @@ def close(got: np.ndarray, want: list[float]) -> None:
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
 
 
-def test_fidelity_is_the_log_of_the_asked_class_with_a_floor() -> None:
-    probs = np.array([[0.25, 0.75], [0.25, 0.75], [1.0, 0.0]])
-    close(rewards.fidelity(probs, np.array([0, 1, 1])), [math.log(0.25), math.log(0.75), math.log(1e-4)])
+def test_fidelity_is_the_log_of_the_asked_class_between_a_floor_and_a_margin() -> None:
+    probs = np.array([[0.25, 0.75], [0.25, 0.75], [1.0, 0.0], [0.99, 0.01]])
+    close(rewards.fidelity(probs, np.array([0, 1, 1, 0])), [math.log(0.25), math.log(0.75), math.log(1e-4), math.log(0.8)])
 
 
 def test_closeness() -> None:
@@ -32,11 +32,49 @@ def test_novelty() -> None:
     close(rewards.novelty(["电影好", "电影"], {("电", "影")}), [0.5, 0.0])  # without spaces, by character
 
 
-def test_domain_is_the_mean_of_the_k_best_cosines() -> None:
+def test_nearness_is_the_mean_of_the_best_cosines() -> None:
     task = np.array([[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0], [3.0, 4.0]])  # cosines to (1, 0): 1, 0, -1, 0.6
-    close(rewards.domain(np.array([[7.0, 0.0]]), task, k=2), [0.8])
-    close(rewards.domain(np.array([[7.0, 0.0], [0.0, 0.1]]), task, k=9), [0.15, (0 + 1 + 0 + 0.8) / 4])  # all four
-    close(rewards.domain(np.array([[0.0, 0.0]]), task, k=1), [0.0])
+    similar = rewards.cosines(np.array([[7.0, 0.0]]), task)
+    close(similar[0], [1, 0, -1, 0.6])
+    close(rewards.nearest(similar, 2), [0.8])
+    close(rewards.domain(np.array([[7.0, 0.0], [0.0, 0.1]]), task), [0.15, (0 + 1 + 0 + 0.8) / 4])  # all four
+    close(rewards.domain(np.array([[0.0, 0.0]]), task[:1]), [0.0])
+
+
+def test_rows_among_each_other() -> None:
+    # Two rows at 60 degrees, and one opposite to the first: the means over the other two are (0.5 - 1) / 2, (0.5 - 0.5) / 2 and (-1 - 0.5) / 2.
+    mean, spread = rewards.among(np.array([[1.0, 0.0], [0.5, math.sqrt(0.75)], [-1.0, 0.0]]))
+    assert mean == pytest.approx(-1 / 3) and spread == pytest.approx(np.std([-0.25, 0.0, -0.75]))
+    assert rewards.among(np.array([[1.0, 0.0]])) == (1.0, 1.0)  # nothing to compare with
+
+
+def test_coverage_is_the_distance_to_the_nearest_earlier_row() -> None:
+    earlier = np.array([[1.0, 0.0], [0.0, 3.0]])
+    close(rewards.coverage(np.array([[2.0, 0.0], [-1.0, 0.0], [3.0, 4.0]]), earlier), [0.0, 1.0, 0.2])
+
+
+def test_disagreement_counts_in_the_domain() -> None:
+    teacher, student = np.array([[0.5, 0.5]] * 3), np.array([[0.25, 0.75], [0.25, 0.75], [0.5, 0.5]])
+    kl = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    # At the rows' own mean the chance is a half; two spreads below, 1 / (1 + e^2).
+    close(rewards.disagreement(teacher, student, np.array([0.6, 0.4, 0.6]), (0.6, 0.1)), [kl / 2, kl / (1 + math.e**2), 0.0])
+
+
+def test_outside_a_band() -> None:
+    close(rewards.outside(np.array([-6.0, -5.0, -4.0, -3.0, -1.0]), (-5.0, -3.0)), [-1, 0, 0, 0, -2])
+
+
+def test_scale_counts_in_spreads_from_each_conditions_middle() -> None:
+    terms = {"a": np.array([1.0, 3.0, 10.0, 10.0]), "b": np.array([2.0, 2.0, 2.0, 2.0])}
+    asked = np.array([0, 0, 1, 1])
+    scale = rewards.Scale.of(terms, asked, 3)
+    # The mean of all is 6 and counts as four texts: (4 + 24) / 6, (20 + 24) / 6, and 6 for a condition without texts.
+    middles = [28 / 6, 44 / 6, 6.0]
+    assert scale.middles["a"] == pytest.approx(middles)
+    spread = np.std([1 - middles[0], 3 - middles[0], 10 - middles[1], 10 - middles[1]])
+    assert scale.spreads == {"a": pytest.approx(spread), "b": 0.0}
+    close(scale("a", np.array([middles[2] + spread / 2, middles[0] - 9 * spread]), np.array([2, 0])), [0.5, -3.0])  # capped
+    close(scale("b", np.array([2.5]), np.array([1])), [0.5])  # all were alike: no spread to count in
 
 
 def test_length() -> None:
@@ -50,8 +88,10 @@ def batch(regression: bool) -> rewards.Batch:
     rows = rewards.TaskRows(
         embeddings=np.array([[1.0, 0.0]]),
         bigrams={("a", "fine")},
+        near=(0.6, 0.1),
         low=3.0,
         high=4.0,
+        likelihood=(-2.5, -1.0),
         values=np.array([1.0, 5.0]),
         spread=2.0,
         regression=regression,
@@ -64,7 +104,11 @@ def batch(regression: bool) -> rewards.Batch:
         likelihood=np.array([-2.0, -3.0]),
         tokens=np.array([4, 6]),
         ended=np.array([True, False]),
-        seen={("a", "fine"), ("dull", "film")},
+        seen=rewards.Seen(
+            {("a", "fine"), ("dull", "film")},
+            np.array([[1.0, 0.0], [0.0, 2.0]]),
+            None if regression else lambda texts: np.array([[0.5, 0.5]] * len(texts)),
+        ),
         rows=rows,
     )
 
@@ -81,7 +125,9 @@ def test_terms_read_what_they_should() -> None:
         "diversity": [7 / 9, 7 / 9],
         "novelty": [0.5, 0.5],
         "domain": [0.0, 0.6],
-        "fluency": [-2.0, -3.0],
+        "coverage": [0.0, 0.2],
+        "disagreement": [(0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / (1 + math.e**6), 0.0],
+        "fluency": [0.0, -0.5],
         "length": [1.0, -0.5],
     }
     for name, values in want.items():
@@ -92,6 +138,7 @@ def test_terms_read_what_they_should() -> None:
 def test_fidelity_in_regression_is_closeness_to_the_condition() -> None:
     # Asked for 5 and 1, found 2 and 1.5, spread 2.
     close(rewards.TERMS["fidelity"](batch(regression=True)), [-1.5, -0.25])
+    close(rewards.TERMS["disagreement"](batch(regression=True)), [0.0, 0.0])
 
 
 def test_custom_term() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +198,61 @@ def test_prefixes_of_a_batch_alone_give_the_same_scores(tiny_lm: str) -> None:
     torch.testing.assert_close(part, whole, rtol=0, atol=1e-5)
     part.sum().backward()
     assert soft.grad is not None and soft.grad[1].abs().sum() == 0 and soft.grad[[0, 2]].abs().sum() > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("size", [10**9, 150])
+def test_score_tokens_are_those_of_the_whole_logits(size: int, temperature: float, tiny_lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the vocabulary met at once or in parts, values and gradients alike."""
+    base = Base.load(tiny_lm, "float32")
+    monkeypatch.setattr(lm, "LOGITS", size)
+    assert base.plain_head
+    ids, mask = base.encode(["a fine film", "dull", "the music is warm"], 8)
+    rows, found = torch.tensor([0, 1, 1]), []
+    for whole in (True, False):
+        soft = (torch.randn(2, 4, base.dim, generator=torch.Generator().manual_seed(0)) * 0.1).requires_grad_()
+        prefix = run_prefix(base, soft, ["a: ", "b: "])
+        if whole:
+            logits, hidden = lm.score(base, prefix, rows, ids, mask)
+            log_p = torch.log_softmax(logits / temperature, -1)
+            log_probs, entropy = log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+        else:
+            log_probs, entropy, hidden = lm.score_tokens(base, prefix, rows, ids, mask, temperature)
+            assert not entropy.requires_grad
+        (log_probs * mask).sum().backward()
+        found.append((log_probs.detach(), entropy.detach() * mask, hidden.detach(), soft.grad))
+    for wanted, got in zip(*found, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-4)
+
+
+def test_a_head_that_is_more_than_a_product_is_left_to_the_model(tiny_lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.load(tiny_lm, "float32")
+    head = base.model.forward
+
+    def capped(**inputs: Any) -> Any:
+        out = head(**inputs)
+        out.logits = torch.tanh(out.logits)
+        return out
+
+    monkeypatch.setattr(base.model, "forward", capped)
+    assert not base.plain_head
+    ids, mask = base.encode(["a fine film"], 8)
+    with torch.no_grad():
+        prefix = run_prefix(base, torch.zeros(1, 2, base.dim), ["a: "])
+        logits, _ = lm.score(base, prefix, torch.tensor([0]), ids, mask)
+        log_probs, _, _ = lm.score_tokens(base, prefix, torch.tensor([0]), ids, mask, 1.0)
+    assert logits.abs().max() <= 1 and torch.allclose(log_probs, lm.log_probs_of(logits, ids))
+
+
+def test_micro_batches(tiny_lm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base.load(tiny_lm, "float32")
+    config = base.model.config
+    token = 17 * 4 * config.hidden_size * config.num_hidden_layers
+    monkeypatch.setattr(lm, "ACTIVATIONS", 20 * token)
+    monkeypatch.setattr("transformers.PreTrainedModel.get_memory_footprint", lambda *_: 0)
+    lengths = [3, 9, 1, 4, 30]
+    # Shortest first; each text brings a prefix of 2: 3 + 5 + 6 = 14, then 11, and one too long for any.
+    assert lm.micro_batches(base, [0, 1, 2, 3, 4], lengths, 2, gradients=True) == [[2, 0, 3], [1], [4]]
+    assert lm.micro_batches(base, [], lengths, 2) == []
+    monkeypatch.setattr("transformers.PreTrainedModel.get_memory_footprint", lambda *_: 4 * 200 * token)  # of which a quarter
+    assert lm.micro_batches(base, [0, 1, 2, 3, 4], lengths, 2, gradients=True) == [[2, 0, 3, 1, 4]]
