@@ -23,9 +23,8 @@ def speed() -> None:
     from peft import PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from retrikt_ray.teacher.base import Base, model_path
+    from retrikt_ray.teacher.base import Base, model_path, pack
     from retrikt_ray.teacher.decode import decode
-    from retrikt_ray.teacher.packed import pack
     from retrikt_ray.teacher.prefix import run_prefix
     from retrikt_ray.teacher.sampling import Sampling
 

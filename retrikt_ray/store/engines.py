@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from retrikt_ray.teacher import lm
-from retrikt_ray.teacher.base import Base, Chat, model_path
-from retrikt_ray.teacher.packed import pack
+from retrikt_ray.teacher.base import Base, Chat, model_path, pack
 from retrikt_ray.teacher.prefix import begin_like, prefix_embeddings, run_prefix
 from retrikt_ray.teacher.sampling import Sampling
 

@@ -1,4 +1,4 @@
-"""Writing many texts at once behind shared prefixes: one forward pass a token over a fixed number of slots.
+"""Writing many texts at once behind shared prefixes: one forward pass a token over a fixed number of slots. On a GPU: `graphs.py`.
 
 The model's own layers run as they are; only the memory and the attention are ours. Keys and values of a prefix are held once a condition, and all
 slots of that condition ask them in one matrix product; those of the texts lie in buffers that are laid out once. A slot whose text has ended
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from retrikt_ray.teacher.prefix import Prefix
 from retrikt_ray.teacher.sampling import Sampling, draw, uniforms
 
 ATTENTION = "retrikt_decode"
-SLOTS = 64  # on a CPU, where more would only wait for memory; a GPU takes all rows at once
+SLOTS = 64  # more would only wait for memory
 NOBODY = -1
 KEPT = 0.75  # fewer slots than this share at work, and none to come: the others are let go
 
@@ -31,17 +31,28 @@ class Unshared(Exception):
     """The model's attention is of a kind that `attend` does not know."""
 
 
+class Writing(Protocol):
+    """What the model's cache and attention ask of the texts that are being written."""
+
+    at: tuple[Tensor, Tensor]  # the slots, and where in its buffer each writes now
+    width: int  # places of the buffers that are looked at
+    reach: int  # most tokens of a prefix and its text together
+
+    def mix(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Attention of one new token a slot. query (B, H, R, D), keys and values (B, H, width, D), mask (B, 1, 1, width). Returns (B, H, R, D)."""
+
+
 class TextLayer(CacheLayerMixin):
-    """One layer's keys and values of the slots' texts, (B, H, T, D): each slot writes at its own place."""
+    """One layer's keys and values of the slots' texts, (B, H, T, D) each: a slot writes at its own place."""
 
     is_sliding = False
     keys: Any  # tensors; the parent's may be None
     values: Any
 
-    def __init__(self, slots: Slots, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, slots: Writing, keys: Tensor, values: Tensor) -> None:
         super().__init__()
         self.slots, self.is_initialized = slots, True
-        self.keys, self.values = (like.new_zeros((slots.count, like.shape[1], slots.steps, like.shape[3])) for like in (keys, values))
+        self.keys, self.values = keys, values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
@@ -58,7 +69,7 @@ class TextLayer(CacheLayerMixin):
         return self.slots.width
 
     def get_max_length(self) -> int:
-        return self.slots.steps
+        return int(self.keys.shape[2])
 
 
 class Slots:
@@ -70,13 +81,17 @@ class Slots:
         self.base, self.prefix, self.steps, self.conditions = base, prefix, steps, conditions
         self.lengths = torch.zeros(len(conditions), dtype=torch.long, device=base.device)  # tokens fed so far
         self.before = prefix.mask.sum(1)
-        self.layers: list[Any] = [TextLayer(self, *layer) for layer in prefix.layers]
+        self.reach = prefix.mask.shape[1] + steps
+        self.layers: list[Any] = [TextLayer(self, *map(self.buffer, layer)) for layer in prefix.layers]
         self.cache = Cache(layers=self.layers)
         self.group()
 
     @property
     def count(self) -> int:
         return len(self.conditions)
+
+    def buffer(self, like: Tensor) -> Tensor:
+        return like.new_zeros((self.count, like.shape[1], self.steps, like.shape[3]))
 
     def restart(self, slots: list[int], conditions: list[int]) -> None:
         """New texts in these slots."""
@@ -139,6 +154,18 @@ class Slots:
         )  # an ended slot without a successor is fed on; what it says is not heard
         return out.logits[:, -1].float()
 
+    def mix(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """Attention to the prefix and to the slot's own text: one softmax over the scores of both."""
+        query = query * scale
+        front_keys, front_values = self.fronts[layer]
+        own, front = query @ keys.transpose(2, 3), self.spread(query) @ front_keys.transpose(2, 3)
+        if softcap is not None:
+            own, front = softcap * torch.tanh(own / softcap), softcap * torch.tanh(front / softcap)
+        scores = torch.cat([self.gather(front + self.front_mask), own + mask], -1)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype)
+        width = front_keys.shape[2]
+        return weights[..., width:] @ values + self.gather(self.spread(weights[..., :width]) @ front_values)
+
 
 def penalty(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where something is seen, -inf where it is hidden."""
@@ -153,30 +180,23 @@ def attend(
     attention_mask: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
-    slots: Slots | None = None,
+    slots: Writing | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token a slot to its prefix and to its own text: one softmax over the scores of both.
+    """Attention of one new token a slot, as `slots` does it.
 
     query (B, H R, 1, D), key and value (B, H, L, D), attention_mask (B, 1, 1, L). Returns (B, 1, H R, D). Raises Unshared.
     """
     unknown = [name for name in ("s_aux", "position_bias", "head_mask") if other.get(name) is not None]
     if slots is None or unknown or query.shape[2] != 1:
         raise Unshared(f"it has {' and '.join(unknown)}" if unknown else "it does not pass arguments on to its attention")
-    keys, values = slots.fronts[module.layer_idx]
-    if sliding_window is not None and sliding_window < keys.shape[2] + slots.steps:
-        raise Unshared(f"its window of {sliding_window} is less than the {keys.shape[2]} tokens of the prefix and {slots.steps} of a text")
+    if sliding_window is not None and sliding_window < slots.reach:
+        raise Unshared(f"its window of {sliding_window} is less than the {slots.reach} tokens of the prefix and a text")
     count, heads, _, size = query.shape
-    query = query.view(count, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)  # (B, H, R, D)
-    own, front = query @ key.transpose(2, 3), slots.spread(query) @ keys.transpose(2, 3)
-    if softcap is not None:
-        own, front = softcap * torch.tanh(own / softcap), softcap * torch.tanh(front / softcap)
-    scores = torch.cat([slots.gather(front + slots.front_mask), own + attention_mask], -1)
-    weights = torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype)
-    width = keys.shape[2]
-    out = weights[..., width:] @ value + slots.gather(slots.spread(weights[..., :width]) @ values)
+    scale = size**-0.5 if scaling is None else scaling
+    out = slots.mix(module.layer_idx, query.view(count, key.shape[1], -1, size), key, value, attention_mask, scale, softcap)
     return out.reshape(count, 1, heads, value.shape[3]), None
 
 
@@ -226,14 +246,13 @@ def decode(
 ) -> list[list[int]]:
     """The tokens of one text per row. conditions and seeds: one a row; ends: whether a text, given its tokens, ends with the last of them.
 
-    slots: how many texts are written side by side; 0: as many as the device likes. Raises Unshared.
+    slots: how many texts are written side by side; 0: `SLOTS`. Raises Unshared.
     """
     # By condition: then the slots at work are of few of them, and their prefixes are asked by larger products.
     queue = deque(sorted(range(len(conditions)), key=conditions.__getitem__))
     u = uniforms(list(seeds), max_tokens)
     texts: list[list[int]] = [[] for _ in conditions]
-    wanted = slots or (SLOTS if base.device.type == "cpu" else len(queue))
-    rows = [queue.popleft() for _ in range(min(wanted, len(queue)))]  # by slot; NOBODY: its text has ended, and none waits
+    rows = [queue.popleft() for _ in range(min(slots or SLOTS, len(queue)))]  # by slot; NOBODY: its text has ended, and none waits
     at_work = Slots(base, prefix, [conditions[row] for row in rows], max(max_tokens - 1, 1))
     logits = prefix.last_logits[at_work.conditions]
     with attending(base.model):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from retrikt_ray.teacher import decode
+from retrikt_ray.teacher import decode, graphs
 from retrikt_ray.teacher.base import Base
 from retrikt_ray.teacher.prefix import Prefix
 from retrikt_ray.teacher.sampling import Draw, Sampling, uniforms
@@ -48,17 +48,20 @@ def log_probs_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample(base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, sampling: Sampling, lines: int) -> list[list[int]]:
+def sample(
+    base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, sampling: Sampling, lines: int, slots: int = 0
+) -> list[list[int]]:
     """Write one text per row. rows: (B,) conditions; seeds: B row seeds; lines: after how many of them a text ends (`Base.ends`).
 
-    Returns tokens, the one that ended the text included.
+    slots: how many are written side by side; 0: as many as the device likes. On a GPU the bits of a text depend on that number. Returns tokens, the one that ended the text included.
     """
     if base.shares is not False:
         try:
             if base.shares is None:
                 decode.check(base, prefix)
             base.shares = True
-            return decode.decode(base, prefix, rows.tolist(), seeds, max_tokens, sampling, lambda ids: base.ends(ids, lines))
+            write = graphs.decode if base.device.type == "cuda" else decode.decode
+            return write(base, prefix, rows.tolist(), seeds, max_tokens, sampling, lambda ids: base.ends(ids, lines), slots)
         except decode.Unshared as reason:
             log.warning("%s: texts are written by `generate`, without shared prefixes: %s", type(base.model).__name__, reason)
             base.shares = False
