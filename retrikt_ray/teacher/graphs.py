@@ -155,10 +155,10 @@ class Board:
 
 
 def room(prefix: Prefix, max_tokens: int, share: float = 1.0) -> int:
-    """How many slots this GPU has memory for: a power of two, since free memory is never quite the same. share: of the GPU, ours. Raises Unshared."""
-    shape = Shape.of(prefix, 1, max(max_tokens - 1, 1), Sampling())
-    logits = 16 * prefix.last_logits.shape[1]  # bytes; a whole vocabulary that is drawn from takes 16 a token on the way
-    each = 2 * shape.layers * shape.heads * shape.width * shape.size * prefix.embeds.element_size() + logits
+    """How many slots this GPU has memory for: a power of two, since free memory is never quite the same. share: of the GPU, ours."""
+    numbers = sum(kept.shape[1] * kept.shape[3] for layer in prefix.layers or [] for kept in layer) * (prefix.mask.shape[1] + max_tokens)
+    # In bytes, with 16 for each token of the vocabulary, which is what drawing from all of it takes on the way.
+    each = numbers * prefix.embeds.element_size() + 16 * prefix.last_logits.shape[1]
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     fit = max(1, int(MEMORY * share * free / each))
     return min(SLOTS, 1 << fit.bit_length() - 1)

@@ -65,13 +65,18 @@ def sample(
         except decode.Unshared as reason:
             log.warning("%s: texts are written by `generate`, without shared prefixes: %s", type(base.model).__name__, reason)
             base.shares = False
-    out = base.model.generate(
-        inputs_embeds=prefix.embeds[rows],
-        attention_mask=prefix.mask[rows],
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([Draw(uniforms(seeds, max_tokens), sampling)]),
-        pad_token_id=base.eos,
-        eos_token_id=sorted(base.stops),
-    )
-    return [next((ids[:n] for n in range(1, len(ids)) if base.ends(ids[:n], lines)), ids) for ids in out.tolist()]
+    found: list[list[int]] = []
+    size = slots or decode.SLOTS
+    for start in range(0, len(seeds), size):
+        some, u = rows[start : start + size], uniforms(seeds[start : start + size], max_tokens)
+        out = base.model.generate(
+            inputs_embeds=prefix.embeds[some],
+            attention_mask=prefix.mask[some],
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Draw(u, sampling)]),
+            pad_token_id=base.eos,
+            eos_token_id=sorted(base.stops),
+        )
+        found += [next((ids[:n] for n in range(1, len(ids)) if base.ends(ids[:n], lines)), ids) for ids in out.tolist()]
+    return found
