@@ -34,7 +34,7 @@ class Unshared(Exception):
 class Writing(Protocol):
     """What the model's cache and attention ask of the texts that are being written."""
 
-    at: tuple[Tensor, Tensor]  # the slots, and where in its buffer each writes now
+    at: dict[int, Tensor]  # by number of heads H: (B H,), the rows of a layer's buffer, (B H T, D), in which each slot writes now
     width: int  # places of the buffers that are looked at
     reach: int  # most tokens of a prefix and its text together
 
@@ -57,10 +57,10 @@ class TextLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None: ...
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        at, width = self.slots.at, self.slots.width
-        self.keys[at[0], :, at[1]] = key_states[:, :, 0]
-        self.values[at[0], :, at[1]] = value_states[:, :, 0]
-        return self.keys[:, :, :width], self.values[:, :, :width]
+        rows = self.slots.at[self.keys.shape[1]]
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            kept.view(-1, kept.shape[3]).index_copy_(0, rows, new.reshape(len(rows), -1))
+        return self.keys[:, :, : self.slots.width], self.values[:, :, : self.slots.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.slots.width, 0
@@ -115,9 +115,15 @@ class Slots:
         most = max(map(len, groups))
         device = self.base.device
         self.shape = (len(used), most)
-        self.pick = torch.tensor([s for group in groups for s in group + group[:1] * (most - len(group))], device=device)  # (G m,)
-        place = {s: g * most + i for g, group in enumerate(groups) for i, s in enumerate(group)}
-        self.place = torch.tensor([place[s] for s in range(self.count)], device=device)  # (B,)
+        pick = torch.tensor([group + group[:1] * (most - len(group)) for group in groups], device=device)  # (G, m)
+        where = {s: (g, i) for g, group in enumerate(groups) for i, s in enumerate(group)}
+        group_of, place = torch.tensor([where[s] for s in range(self.count)], device=device)[:, :, None].unbind(1)  # (B, 1) each
+        self.out, self.back, self.first = {}, {}, {}  # by number of heads: rows of (B H, ...) by condition, and of (G H m, ...) by slot
+        for heads in {layer.keys.shape[1] for layer in self.layers}:
+            head = torch.arange(heads, device=device)
+            self.out[heads] = (pick[:, None] * heads + head[:, None]).flatten()
+            self.back[heads] = ((group_of * heads + head) * most + place).flatten()
+            self.first[heads] = torch.arange(self.count * heads, device=device).view(-1, heads) * self.steps
         chosen = torch.tensor(used, device=device)
         self.offsets = self.before[torch.tensor(self.conditions, device=device)]
         self.fronts = [(keys[chosen], values[chosen]) for keys, values in self.prefix.layers or []]  # (G, H, P, D)
@@ -126,19 +132,16 @@ class Slots:
     def spread(self, x: Tensor) -> Tensor:
         """(B, H, R, E) -> (G, H, m R, E): by condition."""
         (groups, most), (_, heads, repeats, size) = self.shape, x.shape
-        grouped = x.index_select(0, self.pick).view(groups, most, heads, repeats, size)
-        return grouped.transpose(1, 2).reshape(groups, heads, most * repeats, size)
+        return x.flatten(0, 1).index_select(0, self.out[heads]).view(groups, heads, most * repeats, size)
 
     def gather(self, x: Tensor) -> Tensor:
         """(G, H, m R, E) -> (B, H, R, E): back again."""
-        groups, heads, places, size = x.shape
-        repeats = places // self.shape[1]
-        back = x.view(groups, heads, self.shape[1], repeats, size).transpose(1, 2).reshape(-1, heads, repeats, size)
-        return back.index_select(0, self.place)
+        _, heads, places, size = x.shape
+        return x.view(-1, places // self.shape[1], size).index_select(0, self.back[heads]).view(self.count, heads, -1, size)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Feed one token a slot, (B,); the logits of the next, (B, V) float32."""
-        self.at = torch.arange(self.count, device=tokens.device), self.lengths
+        self.at = {heads: (first + self.lengths[:, None]).flatten() for heads, first in self.first.items()}
         self.width = int(self.lengths.max()) + 1
         unseen = torch.arange(self.width, device=tokens.device)[None] > self.lengths[:, None]
         out = self.base.model(

@@ -66,8 +66,9 @@ class Board:
         device, count = base.device, shape.slots
         self.kept = torch.zeros((shape.layers, 2, count, shape.heads, shape.width, shape.size), dtype=dtype, device=device)
         self.cache = Cache(layers=[TextLayer(self, keys, values) for keys, values in self.kept])
-        self.slots, self.places = torch.arange(count, device=device), torch.arange(shape.width, device=device)
+        self.places = torch.arange(shape.width, device=device)
         self.tokens, self.lengths, self.first = (torch.zeros(count, dtype=torch.long, device=device) for _ in range(3))
+        self.begin = torch.arange(count * shape.heads, device=device).view(count, shape.heads) * shape.width
         self.u = torch.zeros((count, shape.steps + 1), dtype=torch.float64, device=device)  # a slot's uniforms
         self.graph: Any = None
 
@@ -96,7 +97,7 @@ class Board:
     def feed(self) -> None:
         """Feed each slot its token, and draw the next in its place."""
         here = self.shape.front + self.lengths
-        self.at = self.slots, here
+        self.at = {self.shape.heads: (self.begin + here[:, None]).flatten()}
         hidden = (self.places < self.first[:, None]) | (self.places > here[:, None])  # (B, width)
         out = self.base.model(
             input_ids=self.tokens[:, None],
