@@ -57,7 +57,7 @@ class TransformersEngine:
             prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
             self.prefix = begin_like(self.base, prefix, order.starts, order.sampling.temperature)
         # Once for all: on a GPU the bits of a text depend on how many are written side by side.
-        self.slots = graphs.room(self.prefix, order.max_tokens, min(order.gpus, 1)) if self.base.device.type == "cuda" else 0
+        self.slots = graphs.room(self.base, self.prefix, order.max_tokens, min(order.gpus, 1)) if self.base.device.type == "cuda" else 0
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
         rows, lines = torch.tensor(conditions, device=self.base.device), self.order.lines

@@ -155,12 +155,13 @@ class Board:
         return tell
 
 
-def room(prefix: Prefix, max_tokens: int, share: float = 1.0) -> int:
+def room(base: Base, prefix: Prefix, max_tokens: int, share: float = 1.0) -> int:
     """How many slots this GPU has memory for: a power of two, since free memory is never quite the same. share: of the GPU, ours."""
     numbers = sum(kept.shape[1] * kept.shape[3] for layer in prefix.layers or [] for kept in layer) * (prefix.mask.shape[1] + max_tokens)
     # In bytes, with 16 for each token of the vocabulary, which is what drawing from all of it takes on the way.
     each = numbers * prefix.embeds.element_size() + 16 * prefix.last_logits.shape[1]
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    ours = 0 if base.board is None else base.board.kept.nbytes  # it makes room for the next one
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + ours
     fit = max(1, int(MEMORY * share * free / each))
     return min(SLOTS, 1 << fit.bit_length() - 1)
 
@@ -189,7 +190,7 @@ def decode(
 ) -> list[list[int]]:
     """The tokens of one text per row, as `decode.decode` has them. slots: how many texts are written side by side; 0: as many as there are rows
     and memory. Raises Unshared."""
-    count = slots or min(1 << (len(conditions) - 1).bit_length(), room(prefix, max_tokens))
+    count = slots or min(1 << (len(conditions) - 1).bit_length(), room(base, prefix, max_tokens))
     with attending(base.model):
         board = board_of(base, prefix, count, max(max_tokens - 1, 1), sampling)
         texts = [[token] for token in board.lay(prefix, conditions, seeds, max_tokens)]

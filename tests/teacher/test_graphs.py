@@ -88,6 +88,25 @@ def test_layers_of_several_sizes_are_refused(base: Base) -> None:
         graphs.decode(base, odd, [0], [0], TOKENS, Sampling(), ends(base), 1)
 
 
+def test_slots_are_as_many_as_free_memory_holds(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot: 3 layers of keys and values, 2 heads of 8 numbers at each of P + 12 places, 4 bytes each; and 16 bytes for each of 300 tokens."""
+    prefix = prefix_of(base)
+    each = 3 * 2 * 2 * 8 * (prefix.mask.shape[1] + TOKENS) * 4 + 16 * 300
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    for free, share, wanted in (
+        (2 * each * 9, 1.0, 8),
+        (2 * each * 16 - 1, 1.0, 8),
+        (2 * each * 16, 1.0, 16),
+        (2 * each * 16, 0.5, 8),
+        (9, 1.0, 1),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert graphs.room(base, prefix, TOKENS, share) == wanted
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10**11, 10**12))
+    assert graphs.room(base, prefix, TOKENS) == graphs.SLOTS
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_recorded_step_writes_what_the_fed_one_does(dtype: str, base: Base) -> None:
