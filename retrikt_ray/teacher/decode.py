@@ -24,6 +24,7 @@ from retrikt_ray.teacher.sampling import Sampling, draw, uniforms
 ATTENTION = "retrikt_decode"
 SLOTS = 64  # more would only wait for memory
 NOBODY = -1
+FIRST = 256  # first tokens that are drawn at once
 KEPT = 0.75  # fewer slots than this share at work, and none to come: the others are let go
 
 
@@ -237,6 +238,12 @@ def check(base: Base, prefix: Prefix) -> None:
         raise Unshared(f"logits by shared prefixes differ from the model's own by {off:.2g} standard deviations")
 
 
+def first_tokens(prefix: Prefix, conditions: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
+    """Each row's first token, which its prefix alone decides. conditions, u: (N,). Returns (N,)."""
+    some = zip(conditions.split(FIRST), u.split(FIRST), strict=True)
+    return torch.cat([draw(prefix.last_logits[rows], chances, sampling) for rows, chances in some])
+
+
 @torch.no_grad()
 def decode(
     base: Base,
@@ -252,35 +259,33 @@ def decode(
 
     slots: how many texts are written side by side; 0: `SLOTS`. Raises Unshared.
     """
-    # By condition: then the slots at work are of few of them, and their prefixes are asked by larger products.
-    queue = deque(sorted(range(len(conditions)), key=conditions.__getitem__))
     u = uniforms(list(seeds), max_tokens)
-    texts: list[list[int]] = [[] for _ in conditions]
+    texts = [[token] for token in first_tokens(prefix, torch.tensor(conditions), u[:, 0], sampling).tolist()]
+    # By condition: then the slots at work are of few of them, and their prefixes are asked by larger products.
+    order = sorted(range(len(conditions)), key=conditions.__getitem__)
+    queue = deque(row for row in order if max_tokens > 1 and not ends(texts[row]))
     rows = [queue.popleft() for _ in range(min(slots or SLOTS, len(queue)))]  # by slot; NOBODY: its text has ended, and none waits
-    at_work = Slots(base, prefix, [conditions[row] for row in rows], max(max_tokens - 1, 1))
-    logits = prefix.last_logits[at_work.conditions]
+    if not rows:
+        return texts
+    at_work = Slots(base, prefix, [conditions[row] for row in rows], max_tokens - 1)
     with attending(base.model):
         while True:
-            due = [slot for slot, row in enumerate(rows) if row != NOBODY]
-            while due:  # a text may end with its first token; so may its successor
-                now = [rows[slot] for slot in due]
-                chances = logits if len(due) == len(rows) else logits[due]
-                tokens = draw(chances, u[now, [len(texts[row]) for row in now]], sampling).tolist()
-                for row, token in zip(now, tokens, strict=True):
-                    texts[row].append(token)
-                ended = [slot for slot, row in zip(due, now, strict=True) if len(texts[row]) == max_tokens or ends(texts[row])]
-                due = ended[: len(queue)]
-                for slot in ended:
-                    rows[slot] = queue.popleft() if queue else NOBODY
-                if due:
-                    fresh = [conditions[rows[slot]] for slot in due]
-                    at_work.restart(due, fresh)
-                    logits[due] = prefix.last_logits[fresh]
+            last = [texts[row][-1] if row != NOBODY else 0 for row in rows]
+            logits = at_work.step(torch.tensor(last, device=base.device))
+            busy = [slot for slot, row in enumerate(rows) if row != NOBODY]
+            now = [rows[slot] for slot in busy]
+            chances = logits if len(busy) == len(rows) else logits[busy]
+            for row, token in zip(now, draw(chances, u[now, [len(texts[row]) for row in now]], sampling).tolist(), strict=True):
+                texts[row].append(token)
+            ended = [slot for slot, row in zip(busy, now, strict=True) if len(texts[row]) == max_tokens or ends(texts[row])]
+            fresh = ended[: len(queue)]
+            for slot in ended:
+                rows[slot] = queue.popleft() if queue else NOBODY
+            if fresh:
+                at_work.restart(fresh, [conditions[rows[slot]] for slot in fresh])
             left = [slot for slot, row in enumerate(rows) if row != NOBODY]
             if not left:
                 return texts
             if len(left) <= KEPT * len(rows):
                 rows = [rows[slot] for slot in left]
                 at_work.keep(left)
-            last = [texts[row][-1] if row != NOBODY else 0 for row in rows]
-            logits = at_work.step(torch.tensor(last, device=base.device))

@@ -20,14 +20,13 @@ from torch import Tensor
 from transformers import Cache
 
 from retrikt_ray.teacher.base import Base
-from retrikt_ray.teacher.decode import NOBODY, TextLayer, Unshared, attending, penalty
+from retrikt_ray.teacher.decode import NOBODY, TextLayer, Unshared, attending, first_tokens, penalty
 from retrikt_ray.teacher.prefix import Prefix
 from retrikt_ray.teacher.sampling import Sampling, draw, uniforms
 
 log = logging.getLogger(__name__)
 SLOTS = 512  # more make a step of a model of 0.5B no quicker by the text
 MEMORY = 0.5  # of what is free, for the slots; the rest is for what a step computes on the way
-CHUNK = 256  # first tokens that are drawn at once
 
 
 class Shape(NamedTuple):
@@ -79,11 +78,7 @@ class Board:
         self.firsts = self.shape.front - prefix.mask.sum(1)  # (C,) where its prefix begins
         self.conditions = torch.tensor(conditions, device=device)
         self.chances = torch.nn.functional.pad(uniforms(list(seeds), max_tokens), (0, self.u.shape[1] - max_tokens)).to(device)
-        chunks = [
-            draw(prefix.last_logits[rows], u, self.shape.sampling)
-            for rows, u in zip(self.conditions.split(CHUNK), self.chances[:, 0].split(CHUNK), strict=True)
-        ]
-        self.begun = torch.cat(chunks)
+        self.begun = first_tokens(prefix, self.conditions, self.chances[:, 0], self.shape.sampling)
         return self.begun.tolist()
 
     def start(self, slots: list[int], rows: list[int]) -> None:
