@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -70,6 +70,18 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-batched generate; prefixes of 150 classes
 	$(BIN)/python -m jobs.bench_generate speed
 	$(BIN)/python -m jobs.bench_generate prefixes
+
+bench-generate-gpu: install ## The same on a CUDA device, a model of 0.5B with random weights: kernel by kernel, recorded, beside PEFT and vLLM
+	$(BIN)/python -m jobs.bench_generate_gpu --profile
+
+bench-generate-workers: install ## Two workers beside one on the texts of RUN, three times in turn
+	$(BIN)/python -m jobs.bench_generate workers $(RUN)
+
+bench-texts: install ## How texts of quick start, SST-2 and TREC begin, beside the rows, and whether they are as asked (needs RETRIKT_DATA)
+	$(BIN)/python -m jobs.bench_texts
+
+bench-estimate: install ## `retrikt estimate` of three configs, and what their runs then take (needs RETRIKT_DATA; half an hour)
+	$(BIN)/python -m jobs.bench_estimate
 
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)

@@ -1,6 +1,7 @@
-"""Benchmark of the generation engine: `python -m jobs.bench_generate speed|prefixes`. The figures of docs/benchmarks.md come from here.
+"""Benchmark of the generation engine: `python -m jobs.bench_generate speed|prefixes|workers`. The figures of docs/benchmarks.md come from here.
 
 speed: tokens a CPU second of one thread, packaged LM, 56 soft tokens, 64 new tokens, beside PEFT and a hand-batched `generate`.
+workers RUN: tokens a second of wall time that two workers write beside one, their start included; RUN needs its prompts (`retrikt reinforce RUN`).
 prefixes: seconds and memory of the prefixes of 77 and 150 classes with a vocabulary of 152,000 (random weights).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,16 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BATCH, SOFT, TOKENS, ROUNDS = 32, 56, 64, 5
+BATCH, SOFT, TOKENS, ROUNDS, TURNS = 32, 56, 64, 5, 3
 
 
 def speed() -> None:
     from peft import PromptTuningConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from retrikt_ray.teacher.base import Base, model_path
+    from retrikt_ray.teacher.base import Base, model_path, pack
     from retrikt_ray.teacher.decode import decode
-    from retrikt_ray.teacher.packed import pack
     from retrikt_ray.teacher.prefix import run_prefix
     from retrikt_ray.teacher.sampling import Sampling
 
@@ -119,7 +120,38 @@ def prefixes() -> None:
         )
 
 
+def workers(run: str) -> None:
+    """One worker and two, in turn; the bytes of their shards are compared as well."""
+    from retrikt_ray import pipeline
+    from retrikt_ray.runtime import cluster
+    from retrikt_ray.runtime.folders import Folder
+    from retrikt_ray.store.generate import generate
+
+    opened = pipeline.load_run(run)
+    inputs = {name: opened.artifact(name) for name in ("task", "teacher", "policy")}
+    cluster.connect()
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    shards: set[tuple[bytes, ...]] = set()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Folder.at(f"{scratch}/generated")
+        for _ in range(TURNS):
+            for count in rates:
+                out.remove()
+                config = opened.config.generate.model_copy(update={"workers": count, "max_tokens": 0, "max_seconds": 0, "max_cost": 0})
+                rates[count].append(generate(config, inputs, {"generated": out}, seed=opened.config.seed)["tokens_per_s"])
+                shards.add(tuple(out.read_bytes(name) for name in sorted(out.files())))
+                print(f"{count} workers: {rates[count][-1]:,.0f} tokens/s", flush=True)
+    one, two = (statistics.median(found) for found in rates.values())
+    same = "the same bytes every time" if len(shards) == 1 else f"{len(shards)} DIFFERENT sets of bytes"
+    print(f"medians of {TURNS}: {one:,.0f} and {two:,.0f} tokens/s, two workers / one {two / one:.2f}; {same}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["speed", "prefixes"])
-    {"speed": speed, "prefixes": prefixes}[parser.parse_args().what]()
+    parser.add_argument("what", choices=["speed", "prefixes", "workers"])
+    parser.add_argument("run", nargs="?", default="runs/quickstart")
+    options = parser.parse_args()
+    if options.what == "workers":
+        workers(options.run)
+    else:
+        {"speed": speed, "prefixes": prefixes}[options.what]()

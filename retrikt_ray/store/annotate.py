@@ -24,9 +24,9 @@ from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import texts_of
 from retrikt_ray.task.words import words
 
-VERSION = 2
+VERSION = 3
 CHUNK = 512  # rows per annotated part
-READ = ["text", "text_pair", "condition", "finished", "probs"]  # what a decision looks at
+READ = ["text", "text_pair", "condition", "finished", "error", "probs"]  # what a decision looks at
 
 
 class AnnotateConfig(Scaled):
@@ -107,6 +107,8 @@ def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
 
 def reject_reason(row: dict[str, Any], source: str, held_out: HeldOut, seen: set[str], config: AnnotateConfig) -> str | None:
     """Why a row does not enter the store, or None. The first that applies, in this order; near duplicates are found later, among the rows left."""
+    if row["error"] is not None:
+        return "failed"
     if not has_text(row):
         return "empty"
     text = row["text"], row["text_pair"]

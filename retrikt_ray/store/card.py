@@ -153,9 +153,9 @@ def drawn(table: pa.Table, task: Task, answers: np.ndarray, index: np.ndarray, r
 
 
 def drawn_rejected(table: pa.Table, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """SHOWN_REJECTED rows of each reason at random, but for empty ones."""
+    """SHOWN_REJECTED rows of each reason at random, but for those without a text."""
     reasons, rows = np.array(table["reason"].to_pylist()), []
-    for reason in sorted(set(reasons.tolist()) - {"empty"}):
+    for reason in sorted(set(reasons.tolist()) - {"failed", "empty"}):
         some = np.flatnonzero(reasons == reason)
         rows += table.take(np.sort(rng.choice(some, min(SHOWN_REJECTED, len(some)), replace=False))).to_pylist()
     return rows

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from retrikt_ray.teacher import lm
-from retrikt_ray.teacher.base import Base, Chat, model_path
-from retrikt_ray.teacher.packed import pack
+from retrikt_ray.teacher import graphs, lm
+from retrikt_ray.teacher.base import Base, Chat, model_path, pack
 from retrikt_ray.teacher.prefix import begin_like, prefix_embeddings, run_prefix
 from retrikt_ray.teacher.sampling import Sampling
 
@@ -57,10 +56,12 @@ class TransformersEngine:
         with torch.no_grad():
             prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
             self.prefix = begin_like(self.base, prefix, order.starts, order.sampling.temperature)
+        # Once for all: on a GPU the bits of a text depend on how many are written side by side.
+        self.slots = graphs.room(self.base, self.prefix, order.max_tokens, min(order.gpus, 1)) if self.base.device.type == "cuda" else 0
 
     def generate(self, conditions: list[int], seeds: list[int]) -> list[Generated]:
         rows, lines = torch.tensor(conditions, device=self.base.device), self.order.lines
-        written = lm.sample(self.base, self.prefix, rows, seeds, self.order.max_tokens, self.order.sampling, lines)
+        written = lm.sample(self.base, self.prefix, rows, seeds, self.order.max_tokens, self.order.sampling, lines, self.slots)
         texts = self.base.tokenizer.batch_decode(written, skip_special_tokens=True)
         return [Generated(t, len(ids), self.base.ends(ids, lines)) for t, ids in zip(texts, written, strict=True)]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from retrikt_ray.runtime.cluster import plan, pool
+from retrikt_ray.runtime.cluster import Workers, plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError, Scaled
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 MOST_ERRORS = 0.01  # share of rows that may fail
+AT_ONCE = 4096  # texts that a GPU is handed at a time: it writes some hundreds side by side, and the last of them alone
 
 
 class GenerateConfig(Scaled):
@@ -109,28 +111,25 @@ class ShardWriter:
         self.engine: Engine = ENGINES[config.backend](order)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done: dict[str, list[Any]] = {"shard": [], "rows": [], "tokens": []}
-        for shard in batch["shard"]:
-            table = self.write(int(shard))
-            done["shard"].append(int(shard))
-            done["rows"].append(table.num_rows)
-            done["tokens"].append(sum(table["tokens"].to_pylist()))
-        return done
+        tables = self.write([int(shard) for shards in batch["shards"] for shard in shards])
+        return {"rows": [table.num_rows for table in tables], "tokens": [sum(table["tokens"].to_pylist()) for table in tables]}
 
-    def write(self, shard: int) -> pa.Table:
-        """Generate and write one shard. Raises what the engine raised where no row could be written."""
-        size = self.config.rows_per_shard
-        first = shard * size
-        count = min(size, self.config.rows - first)
-        conditions = [(first + i) % len(self.task.conditions) for i in range(count)]
-        written = self.attempt(conditions, [row_seed(self.seed, shard, i) for i in range(count)])
+    def write(self, shards: list[int]) -> list[pa.Table]:
+        """Generate some shards together, and write each. Raises what the engine raised where no row could be written."""
+        size, classes = self.config.rows_per_shard, len(self.task.conditions)
+        places = [(shard, i) for shard in shards for i in range(min(size, self.config.rows - shard * size))]
+        conditions = [(shard * size + i) % classes for shard, i in places]
+        written = self.attempt(conditions, [row_seed(self.seed, shard, i) for shard, i in places])
         failures = [made for made in written if isinstance(made, Exception)]
-        if len(failures) == count:
+        if len(failures) == len(written):
             raise failures[0]
-        rows = [self.row(f"generated-{shard:05d}-{i:04d}", conditions[i], made) for i, made in enumerate(written)]
-        table = pa.Table.from_pylist(rows, schema=GENERATED)
-        self.out.write_table(shard_name(shard), table)
-        return table
+        rows: dict[int, list[dict[str, Any]]] = {shard: [] for shard in shards}
+        for (shard, i), condition, text in zip(places, conditions, written, strict=True):
+            rows[shard].append(self.row(f"generated-{shard:05d}-{i:04d}", condition, text))
+        tables = {shard: pa.Table.from_pylist(some, schema=GENERATED) for shard, some in rows.items()}
+        for shard, table in tables.items():
+            self.out.write_table(shard_name(shard), table)
+        return list(tables.values())
 
     def attempt(self, conditions: list[int], seeds: list[int]) -> list[Generated | Exception]:
         """A text for each row. Where a batch fails its halves are tried, down to the rows that are to blame, and these are given their errors."""
@@ -153,6 +152,16 @@ class ShardWriter:
 
 def shard_count(config: GenerateConfig) -> int:
     return -(-config.rows // config.rows_per_shard)
+
+
+def handed(missing: list[int], config: GenerateConfig, workers: Workers) -> list[list[int]]:
+    """Shards as workers get them: one at a time on a CPU; together on a GPU, fewer towards the end, so that the workers end together."""
+    most = max(1, AT_ONCE // config.rows_per_shard) if workers.gpus else 1
+    left, groups = deque(missing), []
+    while left:
+        fair = -(-len(left) // (2 * workers.count)) if workers.count > 1 else len(left)
+        groups.append([left.popleft() for _ in range(min(most, fair))])
+    return groups
 
 
 def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
@@ -182,7 +191,8 @@ def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, F
             done, before = (total - len(missing)) * config.rows_per_shard, tokens
             progress.set(done)
             spent = config.spent(tokens, 0, workers.count)
-            with closing(pool(ShardWriter, arguments, [] if spent else [{"shard": s} for s in missing], workers)) as finished:
+            items = [] if spent else [{"shards": shards} for shards in handed(missing, config, workers)]
+            with closing(pool(ShardWriter, arguments, items, workers)) as finished:
                 for row in finished:
                     tokens, done, seconds = tokens + int(row["tokens"]), done + int(row["rows"]), time.monotonic() - began
                     progress.advance(int(row["rows"]), f"{(tokens - before) / seconds:,.0f} tokens/s")

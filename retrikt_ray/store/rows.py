@@ -33,6 +33,7 @@ ANNOTATED = pa.schema(  # of what annotators hand over, whatever the source; nul
         ("condition", pa.int32()),
         ("value", pa.float64()),
         ("finished", pa.bool_()),
+        ("error", pa.string()),
         ("probs", pa.list_(pa.float32())),
         ("embedding", pa.list_(pa.float32())),
     ]

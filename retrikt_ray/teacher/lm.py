@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import LogitsProcessorList
 
-from retrikt_ray.teacher import decode
+from retrikt_ray.teacher import decode, graphs
 from retrikt_ray.teacher.base import Base
 from retrikt_ray.teacher.prefix import Prefix, places_of
 from retrikt_ray.teacher.sampling import Draw, Sampling, uniforms
@@ -97,27 +97,35 @@ def micro_batches(base: Base, rows: list[int], lengths: list[int], width: int, g
 
 
 @torch.no_grad()
-def sample(base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, sampling: Sampling, lines: int) -> list[list[int]]:
+def sample(
+    base: Base, prefix: Prefix, rows: Tensor, seeds: list[int], max_tokens: int, sampling: Sampling, lines: int, slots: int = 0
+) -> list[list[int]]:
     """Write one text per row. rows: (B,) conditions; seeds: B row seeds; lines: after how many of them a text ends (`Base.ends`).
 
-    Returns tokens, the one that ended the text included.
+    slots: how many are written side by side; 0: as many as the device likes. On a GPU the bits of a text depend on that number. Returns tokens, the one that ended the text included.
     """
     if base.shares is not False:
         try:
             if base.shares is None:
                 decode.check(base, prefix)
             base.shares = True
-            return decode.decode(base, prefix, rows.tolist(), seeds, max_tokens, sampling, lambda ids: base.ends(ids, lines))
+            write = graphs.decode if base.device.type == "cuda" else decode.decode
+            return write(base, prefix, rows.tolist(), seeds, max_tokens, sampling, lambda ids: base.ends(ids, lines), slots)
         except decode.Unshared as reason:
             log.warning("%s: texts are written by `generate`, without shared prefixes: %s", type(base.model).__name__, reason)
             base.shares = False
-    out = base.model.generate(
-        inputs_embeds=prefix.embeds[rows],
-        attention_mask=prefix.mask[rows],
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([Draw(uniforms(seeds, max_tokens), sampling)]),
-        pad_token_id=base.eos,
-        eos_token_id=sorted(base.stops),
-    )
-    return [next((ids[:n] for n in range(1, len(ids)) if base.ends(ids[:n], lines)), ids) for ids in out.tolist()]
+    found: list[list[int]] = []
+    size = slots or decode.SLOTS
+    for start in range(0, len(seeds), size):
+        some, u = rows[start : start + size], uniforms(seeds[start : start + size], max_tokens)
+        out = base.model.generate(
+            inputs_embeds=prefix.embeds[some],
+            attention_mask=prefix.mask[some],
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Draw(u, sampling)]),
+            pad_token_id=base.eos,
+            eos_token_id=sorted(base.stops),
+        )
+        found += [next((ids[:n] for n in range(1, len(ids)) if base.ends(ids[:n], lines)), ids) for ids in out.tolist()]
+    return found

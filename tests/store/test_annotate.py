@@ -16,7 +16,7 @@ from retrikt_ray.task.card import Task
 
 
 def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"text": text, "text_pair": text_pair, "finished": True, "probs": [0.3, 0.7], "condition": 1} | more
+    return {"text": text, "text_pair": text_pair, "finished": True, "probs": [0.3, 0.7], "condition": 1, "error": None} | more
 
 
 def reason(
@@ -48,6 +48,10 @@ def test_a_rejected_row_does_not_shadow_a_later_one() -> None:
         assert reject_reason(bad, "generated", HeldOut([]), seen, config) is not None
     assert seen == set()
     assert reject_reason(row(probs=[0.1, 0.9]), "generated", HeldOut([]), seen, config) is None
+
+
+def test_a_row_that_could_not_be_written_is_no_empty_text() -> None:
+    assert reason(row("", error="MemoryError: no room", probs=None)) == "failed"
 
 
 @pytest.mark.parametrize("source", ["generated", "task", "unlabelled"])
@@ -172,13 +176,21 @@ def test_rows_are_decided_over_the_whole_store(tmp_path: Any) -> None:
             "generated",
             [record("g-0", "A fine film!", 1, None), record("g-1", "a held out film", 0, None), record("g-2", "a new film", 0, None)],
         ),
-        ("generated", [record("g-3", "a new  film", 1, None), record("g-4", "", 1, None), record("g-5", LONG + " indeed", 1, None)]),
+        (
+            "generated",
+            [
+                record("g-3", "a new  film", 1, None),
+                record("g-4", "", 1, None),
+                record("g-6", "", 1, None) | {"error": "E: why"},
+                record("g-5", LONG + " indeed", 1, None),
+            ],
+        ),
     ]
     folders, chunks = stage(tmp_path, parts)
     reasons_of = decide(AnnotateConfig(), chunks, folders["task"], folders["scratch"])
     by_source, reasons = write(chunks, reasons_of, folders, folders)
     assert dict(by_source) == {"task": 2, "generated": 1}
-    assert dict(reasons) == {"leakage": 2, "duplicate": 2, "empty": 1, "near_duplicate": 1}
+    assert dict(reasons) == {"leakage": 2, "duplicate": 2, "empty": 1, "failed": 1, "near_duplicate": 1}
     kept = folders["store"].read_tables().to_pylist()
     assert [(r["id"], r["asked_label"], r["value"], r["source"]) for r in kept] == [
         ("train-0", "yes", 1.0, "task"),
@@ -193,10 +205,11 @@ def test_rows_are_decided_over_the_whole_store(tmp_path: Any) -> None:
         "g-1": "leakage",
         "g-3": "duplicate",
         "g-4": "empty",
+        "g-6": "failed",
         "g-5": "near_duplicate",
     }
     without = decide(AnnotateConfig(near_duplicates=1), chunks, folders["task"], folders["scratch"])
-    assert without[2] == ["duplicate", "empty", None] and without[:2] == reasons_of[:2]
+    assert without[2] == ["duplicate", "empty", "failed", None] and without[:2] == reasons_of[:2]
 
 
 def test_decisions_do_not_depend_on_how_rows_are_cut_into_parts(tmp_path: Any) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.store import generate as stage
 from retrikt_ray.store.engines import ENGINES, Generated, Order
-from retrikt_ray.store.generate import GenerateConfig, ShardWriter, generate, row_seed, shard_count, shard_name
+from retrikt_ray.store.generate import GenerateConfig, ShardWriter, generate, handed, row_seed, shard_count, shard_name
 from retrikt_ray.store.rows import GENERATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.teacher.prompts import save_prompts
@@ -100,7 +101,7 @@ def writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ShardWriter:
 def test_a_row_that_cannot_be_written_keeps_its_error_and_costs_no_other(writer: ShardWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = [row_seed(5, 1, i) for i in range(8)]
     monkeypatch.setattr(Scripted, "bad", seeds[5])
-    rows = writer.write(1).to_pylist()
+    rows = writer.write([1])[0].to_pylist()
     assert [row["error"] for row in rows] == [None] * 5 + ["MemoryError: no room"] + [None] * 2
     assert [row["text"] for row in rows] == [f"text {seed}" if i != 5 else "" for i, seed in enumerate(seeds)]
     assert [row["condition"] for row in rows] == [0, 1] * 4 and rows[5]["tokens"] == 0 and not rows[5]["finished"]
@@ -110,8 +111,26 @@ def test_a_row_that_cannot_be_written_keeps_its_error_and_costs_no_other(writer:
 def test_an_engine_that_writes_nothing_ends_the_run_with_its_own_error(writer: ShardWriter, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scripted, "bad", 1)
     with pytest.raises(MemoryError, match="no room"):
-        writer.write(0)
+        writer.write([0])
     assert not writer.out.files()
+
+
+def test_shards_that_are_written_together_are_the_same(writer: ShardWriter) -> None:
+    alone = [writer.write([shard])[0] for shard in (0, 1, 2)]
+    assert [table.num_rows for table in alone] == [8, 8, 3] and writer.engine.asked == [8, 8, 3]
+    assert writer({"shards": [[0, 2], [1]]}) == {"rows": [8, 3, 8], "tokens": [16, 6, 16]} and writer.engine.asked[3:] == [19]
+    assert writer.write([0, 2, 1]) == [alone[0], alone[2], alone[1]]
+    assert [writer.out.read_table(shard_name(shard)) for shard in (0, 1, 2)] == alone
+
+
+def test_what_a_worker_is_handed() -> None:
+    """One shard at a time on a CPU; on GPUs as many as hold 4,096 texts, and half of a fair share of what is left at most."""
+    config, shards = GenerateConfig(rows=2000 * 10, rows_per_shard=2000), list(range(3, 13))
+    assert handed(shards, config, Workers(2, 1, 0)) == [[shard] for shard in shards]
+    assert handed(shards, config, Workers(1, 1, 1)) == [[3, 4], [5, 6], [7, 8], [9, 10], [11, 12]]
+    assert handed(shards, config, Workers(2, 1, 1)) == [[3, 4], [5, 6], [7, 8], [9], [10], [11], [12]]
+    assert handed([5], GenerateConfig(rows_per_shard=9000), Workers(2, 1, 0.5)) == [[5]]
+    assert handed([], config, Workers(2, 1, 1)) == []
 
 
 def test_spent() -> None:

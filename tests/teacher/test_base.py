@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.teacher.base import Base, model_path, pad_rows, pick_dtype
+from retrikt_ray.teacher.base import Base, PackedLinear, model_path, pack, pad_rows, pick_dtype
 
 TURNS = (
     "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>assistant: {% endif %}"
@@ -141,3 +141,23 @@ def test_a_hollow_base_has_vectors_and_tokens_alone(sharded: bool, base: Base, t
     assert hollow.head("a: ") == base.head("a: ")
     held = [parameter for parameter in hollow.model.parameters() if parameter.device.type != "meta"]
     assert sum(parameter.numel() for parameter in held) == base.embed.weight.numel()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(256, 672), (672, 256), (8192, 256), (64, 33)])
+def test_packed_layers_give_a_row_the_same_bits_in_any_batch(outputs: int, inputs: int) -> None:
+    """What texts that do not depend on their batch hang on: a matrix product is free to sum otherwise for another number of rows."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, outputs)).requires_grad_(False)
+    x = torch.randn(64, inputs)
+    plain = model(x)
+    pack(model)
+    if not isinstance(model[0], PackedLinear):
+        pytest.skip("this CPU or build of PyTorch packs nothing")
+    packed, threads = model(x), torch.get_num_threads()
+    torch.testing.assert_close(packed, plain)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert all(torch.equal(model(x[:rows]), packed[:rows]) for rows in (1, 2, 3, 8, 15, 16, 17, 33, 63))
+    finally:
+        torch.set_num_threads(threads)

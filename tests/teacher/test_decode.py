@@ -12,8 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from retrikt_ray.teacher import decode, lm
-from retrikt_ray.teacher.base import Base, pad_rows
-from retrikt_ray.teacher.packed import PackedLinear, pack
+from retrikt_ray.teacher.base import Base, PackedLinear, pack, pad_rows
 from retrikt_ray.teacher.prefix import Prefix, run_prefix
 from retrikt_ray.teacher.sampling import Sampling
 
