@@ -17,7 +17,7 @@ from retrikt_ray.teacher.sampling import Draw, Sampling, uniforms
 
 log = logging.getLogger(__name__)
 
-LOGITS = 8_000_000  # numbers at a time where a text's tokens meet the vocabulary
+LOGITS = 4_000_000  # numbers at a time where a text's tokens meet the vocabulary
 ACTIVATIONS = 96 * 2**20  # bytes that a micro-batch may take beside the base, or a quarter of the base's weights where that is more
 
 
