@@ -70,8 +70,8 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
 
-bench-harvest: install-bench ## Time and memory of harvesting 10, 40 and 120 MB of RETRIKT_DATA's text/
-	$(BIN)/python -m jobs.bench_harvest
+bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN
+	$(BIN)/python -m jobs.bench_harvest $(RUN)
 
 bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-batched generate; prefixes of 150 classes
 	$(BIN)/python -m jobs.bench_generate speed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making.tasks import tiny, write_pair_regression
+from making.tasks import tiny, write_corpus, write_pair_regression
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.predictor import Prediction
@@ -90,6 +90,41 @@ def test_one_and_two_workers_make_the_same_store(run: pipeline.Run, tmp_path: Pa
     pipeline.run_all(other, only="annotate")
     for name in ("store", "rejected"):
         assert other.artifact(name).read_tables().equals(run.artifact(name).read_tables())
+
+
+def test_a_corpus_joins_a_run_that_is_finished(run: pipeline.Run, tmp_path: Path) -> None:
+    """Only harvest and what hangs on it are redone; the corpus shows in the store; other files make it stale; without it all is as before."""
+    other = copied(run, tmp_path / "more", keep=("task", "teacher", "policy", "generated", "store", "rejected"))
+    prepare = run.config.prepare.model_copy(update={"corpus": str(write_corpus(tmp_path))})
+    settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"rows": 30})})
+    assert "harvest" not in {stage.name for stage in other.stages} and other.status(pipeline.BY_NAME["annotate"]) == "done"
+    other = pipeline.open_run(other.folder.uri, settings)
+    assert [s.name for s in other.stages if other.status(s) == "done"] == ["prepare", "teach", "reinforce", "generate"]
+    for stage in ("harvest", "annotate"):
+        pipeline.run_all(other, only=stage)
+    assert [other.status(pipeline.BY_NAME[name]) for name in ("harvest", "annotate")] == ["done", "done"]
+    store = other.artifact("store")
+    assert store.read_json("store.json")["by_source"]["corpus"] == store.read_tables()["source"].to_pylist().count("corpus") >= 28
+    with (tmp_path / "corpus" / "a.txt").open("a") as corpus:
+        corpus.write("One more line of text.\n")
+    assert other.status(pipeline.BY_NAME["harvest"]) == "stale"
+    pipeline.run_all(run, only="harvest")  # says that there is nothing to do
+    assert not run.artifact("harvested").exists()
+
+
+def test_a_corpus_that_cannot_serve_is_refused_before_anything_is_made(run: pipeline.Run, tmp_path: Path) -> None:
+    def refused(task: str, corpus: str) -> str:
+        prepare = run.config.prepare.model_copy(update={"corpus": corpus})
+        made = pipeline.Run(Folder.at(tmp_path), run.config.model_copy(update={"prepare": prepare}))
+        made.artifact("task").write_bytes("task.json", task.encode())
+        with pytest.raises(ValueError) as error:
+            pipeline.preflight(made)
+        return str(error.value)
+
+    card = run.artifact("task").read_bytes("task.json").decode()
+    assert f"{tmp_path}/nothing: no such corpus" in refused(card, f"{tmp_path}/nothing")
+    pairs = json.dumps(json.loads(card) | {"pair": True})
+    assert "prepare.corpus: this task compares two texts" in refused(pairs, str(write_corpus(tmp_path)))
 
 
 def test_the_python_of_the_texts_runs(run: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,11 @@ def harvested(inputs: dict[str, Folder], out: Path, **keys: Any) -> tuple[pa.Tab
 def test_the_nearest_of_each_label_are_found_in_files_of_every_kind(here: list[int], inputs: dict[str, Folder], tmp_path: Path) -> None:
     """As by hand: each sentence is a passage, since the labelled rows have four and five words."""
     found, told = harvested(inputs, tmp_path, rows=20)
-    assert found.schema.equals(HARVESTED) and told == {"rows": 20, "candidates": 36 * 3 - 6, "passages": 36 * 3}  # one passage is there seven times
+    assert found.schema.equals(HARVESTED) and told == {
+        "rows": 20,
+        "candidates": 36 * 3 - 6,
+        "passages": 36 * 3,
+    }  # one passage is there seven times
     assert found["id"].to_pylist() == [f"corpus-{i:06d}" for i in range(20)]
     nearness = found["nearness"].to_numpy()
     assert (np.diff(nearness) <= 0).all() and -1 <= nearness[-1] < nearness[0] <= 1.0001

@@ -90,7 +90,9 @@ def test_objects_have_a_size_and_a_tag(s3: str) -> None:
 @pytest.mark.parametrize("name", ["nothing", "nothing.txt", "empty"])
 def test_nothing_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=rf"{name}: no such corpus; expected a file or a folder of files that end with .txt, .jsonl, .parquet"):
+    with pytest.raises(
+        DataError, match=rf"{name}: no such corpus; expected a file or a folder of files that end with .txt, .jsonl, .parquet"
+    ):
         files_of(str(tmp_path / name))
 
 
