@@ -212,6 +212,24 @@ def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: s
         assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
 
 
+@pytest.mark.slow
+def test_sigkill_in_harvest_resumes_to_the_same_passages(run: pipeline.Run, tmp_path: Path) -> None:
+    """12 MB: three pieces."""
+    corpus, numbers = tmp_path / "large.txt", range(110_000)
+    corpus.write_text(
+        "".join(f"Minister {i} spoke of rain and snow. We saw {i % 997} cakes and {i} soups. So it was in {i}.\n" for i in numbers)
+    )
+    prepare = run.config.prepare.model_copy(update={"corpus": str(corpus)})
+    settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"candidates": 1500})})
+    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
+    for other in (whole, killed):
+        pipeline.open_run(other.folder.uri, settings)
+    pipeline.run_all(pipeline.load_run(whole.folder.uri), only="harvest")
+    kill_and_resume(Path(killed.folder.uri), "harvest", ".scratch/harvest-*/sifted-*.parquet")
+    made = artifacts.check(killed.artifact("harvested"), deep=True)
+    assert made.content == artifacts.check(whole.artifact("harvested")).content and made.rows["part"] > 500
+
+
 def test_pairs_and_regression_with_an_encoder_on_an_object_store(
     cluster: None, s3: str, tiny_lm: str, tiny_encoder: str, tmp_path: Path
 ) -> None:

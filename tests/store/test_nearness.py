@@ -47,9 +47,10 @@ def test_averages_by_hand(encoder: Annotator) -> None:
 def test_the_middle_of_the_corpus_is_taken_away(encoder: Annotator) -> None:
     general = ["a fine film with a warm heart", "the play is dull", "never was a plot so brave"]
     made = Averaged(encoder, ["the cast is weak"], general)
-    raw = made.middle.copy()
-    made.middle = np.zeros_like(raw)
-    assert made.vectors(general).mean(0) == pytest.approx(raw, abs=1e-6)
+    found = made.vectors(general)
+    made.middle = np.zeros(32, np.float32)
+    plain = made.vectors(general)
+    assert found == pytest.approx(unit(plain - plain.mean(0)), abs=1e-5) and abs(found - plain).max() > 0.1
 
 
 def test_the_texts_themselves_are_the_nearest(encoder: Annotator) -> None:
