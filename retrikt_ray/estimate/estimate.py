@@ -83,7 +83,6 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
             "candidates": min(config.harvest.candidates, CANDIDATES),
             "megabytes": min(megabytes(config), workers * MEGABYTES),
         },
-        "annotate": {},
         "distill": {"epochs": min(config.distill.epochs, -(-STUDENT_STEPS * config.distill.batch // (rows + train)))},
     }
     sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
