@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.runtime.cluster import plan, pool
+from retrikt_ray.runtime.cluster import Workers, plan, pool, widest
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import Scaled
@@ -84,7 +84,15 @@ class Best:
 class Sifter:
     """A Ray Data actor: weighs every passage of a piece, and writes the best."""
 
-    def __init__(self, config: HarvestConfig, pieces: list[Piece], inputs: dict[str, Folder], scratch: Folder, general: list[str]) -> None:
+    def __init__(
+        self,
+        config: HarvestConfig,
+        pieces: list[Piece],
+        inputs: dict[str, Folder],
+        scratch: Folder,
+        general: list[str],
+        weights: np.ndarray,
+    ) -> None:
         import torch
 
         from retrikt_ray.store.nearness import Averaged, encoder_of
@@ -94,6 +102,7 @@ class Sifter:
         texts = [text for text, _ in texts_of(inputs["task"].read_table("train.parquet"))]
         self.lengths = lengths_of(inputs["task"])
         self.near = Averaged(encoder_of(inputs["teacher"]), texts, general)
+        self.near.weights = weights
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         pieces = [int(number) for number in batch["piece"]]
@@ -174,7 +183,8 @@ def sift(config: HarvestConfig, pieces: list[Piece], inputs: dict[str, Folder], 
     if missing:
         size = [sum(span.size for span in piece) / 1e6 for piece in pieces]
         workers = plan(config, "harvest")
-        arguments = (config, pieces, inputs, scratch, sample(config, pieces, lengths_of(inputs["task"])))
+        general = sample(config, pieces, lengths_of(inputs["task"]))
+        arguments = (config, pieces, inputs, scratch, general, fitted(config, inputs, general, workers))
         with track("harvest: passages", round(sum(size), 1), "MB") as progress:
             progress.set(sum(size) - sum(size[number] for number in missing))
             for row in pool(Sifter, arguments, [{"piece": number} for number in missing], workers):
@@ -188,6 +198,17 @@ def sift(config: HarvestConfig, pieces: list[Piece], inputs: dict[str, Folder], 
         first = next(one["first"][0] for one in told if one["first"])
         raise DataError(f"the corpus: {unreadable:,} documents could not be read, and {passages:,} passages were; the first: {first}")
     return {"passages": passages} | ({"unreadable": unreadable} if unreadable else {})
+
+
+def fitted(config: HarvestConfig, inputs: dict[str, Folder], general: list[str], workers: Workers) -> np.ndarray:
+    """The weights with which averages of token vectors tell what the encoder finds."""
+    import ray
+
+    from retrikt_ray.store.nearness import weights_of
+
+    task, threads = ray.remote(num_cpus=widest(workers), num_gpus=workers.gpus)(weights_of), widest(workers)
+    found: np.ndarray = ray.get(task.remote(inputs["teacher"], inputs["task"], general, config.batch, threads))
+    return found
 
 
 def sample(config: HarvestConfig, pieces: list[Piece], lengths: list[int]) -> list[str]:

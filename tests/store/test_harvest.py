@@ -17,7 +17,7 @@ from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.store import harvest as stage
 from retrikt_ray.store.harvest import Best, HarvestConfig, balanced, harvest, labels_of
-from retrikt_ray.store.nearness import Encoded
+from retrikt_ray.store.nearness import Encoded, weights_of
 from retrikt_ray.store.rows import HARVESTED
 from retrikt_ray.task import corpus
 from retrikt_ray.task.prepare import PrepareConfig, prepare
@@ -74,7 +74,11 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found = made({key: [value] for key, value in item.items()})
             yield {key: value[0] for key, value in found.items()}
 
+    def fitted(config: HarvestConfig, inputs: dict[str, Folder], general: list[str], workers: Workers) -> np.ndarray:
+        return weights_of(inputs["teacher"], inputs["task"], general, config.batch, 1)
+
     monkeypatch.setattr(stage, "pool", pool)
+    monkeypatch.setattr(stage, "fitted", fitted)
     monkeypatch.setattr(stage, "plan", lambda *_: Workers(1, 1, 0))
     monkeypatch.setattr(stage, "CHUNK", 16)
     monkeypatch.setattr(corpus, "PIECE", 700)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.nearness import RARE, Averaged, Encoded, encoder_of, nearness, unit
+from retrikt_ray.store.nearness import RARE, Averaged, Encoded, encoder_of, nearness, unit, weights_of
 from retrikt_ray.teacher.annotator import Annotator
 
 
@@ -51,6 +52,36 @@ def test_the_middle_of_the_corpus_is_taken_away(encoder: Annotator) -> None:
     made.middle = np.zeros(32, np.float32)
     plain = made.vectors(general)
     assert found == pytest.approx(unit(plain - plain.mean(0)), abs=1e-5) and abs(found - plain).max() > 0.1
+
+
+def test_the_weights_are_those_of_a_ridge_regression(encoder: Annotator) -> None:
+    """Scores that are a sum of features: found again where the penalty is small beside the texts; and little of them where there is one text."""
+    rng = np.random.default_rng(0)
+    words = ["film", "plot", "cast", "warm", "fine", "dull", "slow", "sharp", "brave", "weak", "never", "play"]
+    texts = [" ".join(rng.choice(words, 6)) for _ in range(3000)]
+    made = Averaged(encoder, texts[:9], texts)
+    assert made(texts[:50]) == pytest.approx(nearness(made.vectors(texts[:50]), made.reference))  # before they are fitted
+    scores = made.features(texts) @ np.append(rng.normal(size=32), [0.5, 3.0])
+    made.fit(texts, scores)
+    assert np.corrcoef(made(texts), scores)[0, 1] > 0.98 and made(texts).mean() == pytest.approx(scores.mean())
+    made.fit(texts[:1], scores[:1])
+    assert made(texts).std() < 0.3 * scores.std()
+
+
+def test_fitted_averages_tell_what_the_encoder_finds(encoder: Annotator, tiny_encoder: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["film", "plot", "cast", "warm", "fine", "dull", "slow", "sharp", "brave", "weak", "never", "play"]
+    general = [" ".join(rng.choice(words, rng.integers(2, 8))) for _ in range(600)]
+    task, teacher = Folder.at(tmp_path / "task"), Folder.at(tmp_path / "teacher")
+    texts = ["a fine film with a warm heart", "the play is dull", "the cast is weak"]
+    task.write_table("train.parquet", pa.table({"text": texts, "text_pair": pa.nulls(3, pa.string())}))
+    encoder.save(teacher, tiny_encoder, "", "float32")
+    teacher.write_json("teacher.json", {"annotator": tiny_encoder, "base": "", "dtype": "float32", "max_tokens": 12})
+    quick = Averaged(encoder, texts, general)
+    true = Encoded(encoder, [(text, None) for text in texts])([(text, None) for text in general], 64)
+    plain = np.corrcoef(quick(general), true)[0, 1]
+    quick.weights = weights_of(teacher, task, general, 64, 1)
+    assert np.corrcoef(quick(general), true)[0, 1] > max(0.5, plain)
 
 
 def test_the_texts_themselves_are_the_nearest(encoder: Annotator) -> None:
