@@ -45,7 +45,7 @@ class HarvestConfig(Scaled):
 
     rows: int = Field(3000, ge=1, description="Passages to choose, as many of each label as there are.")
     candidates: int = Field(
-        20000, ge=1, description="Passages that the encoder ranks and the annotator labels: the nearest by averages of token vectors."
+        12000, ge=1, description="Passages that the encoder ranks and the annotator labels: the nearest by averages of token vectors."
     )
     megabytes: float = Field(0, ge=0, description="Read about so much of the corpus, in pieces of 4 MB drawn over all of it. 0: all of it.")
     text_column: str = Field("text", description="Column with the text, in .jsonl and .parquet.")
