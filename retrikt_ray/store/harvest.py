@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from retrikt_ray.runtime.cluster import Workers, plan, pool, widest
+from retrikt_ray.runtime.cluster import Workers, plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import Scaled
@@ -201,13 +201,13 @@ def sift(config: HarvestConfig, pieces: list[Piece], inputs: dict[str, Folder], 
 
 
 def fitted(config: HarvestConfig, inputs: dict[str, Folder], general: list[str], workers: Workers) -> np.ndarray:
-    """The weights with which averages of token vectors tell what the encoder finds."""
+    """The weights with which averages of token vectors tell what the encoder finds; on one thread, so that sums are the same everywhere."""
     import ray
 
     from retrikt_ray.store.nearness import weights_of
 
-    task, threads = ray.remote(num_cpus=widest(workers), num_gpus=workers.gpus)(weights_of), widest(workers)
-    found: np.ndarray = ray.get(task.remote(inputs["teacher"], inputs["task"], general, config.batch, threads))
+    task = ray.remote(num_cpus=1, num_gpus=workers.gpus)(weights_of)
+    found: np.ndarray = ray.get(task.remote(inputs["teacher"], inputs["task"], general, config.batch))
     return found
 
 

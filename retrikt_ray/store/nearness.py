@@ -106,9 +106,9 @@ class Averaged:
         return self.features(texts) @ self.weights
 
 
-def weights_of(teacher: Folder, task: Folder, general: list[str], batch: int, threads: int) -> np.ndarray:
+def weights_of(teacher: Folder, task: Folder, general: list[str], batch: int) -> np.ndarray:
     """The weights of `Averaged` for a teacher, a task and a corpus (a Ray task)."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     encoder, texts = encoder_of(teacher), texts_of(task.read_table("train.parquet"))
     averaged = Averaged(encoder, [text for text, _ in texts], general)
     read = general[:: -(-len(general) // READ)]

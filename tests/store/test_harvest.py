@@ -75,7 +75,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             yield {key: value[0] for key, value in found.items()}
 
     def fitted(config: HarvestConfig, inputs: dict[str, Folder], general: list[str], workers: Workers) -> np.ndarray:
-        return weights_of(inputs["teacher"], inputs["task"], general, config.batch, 1)
+        return weights_of(inputs["teacher"], inputs["task"], general, config.batch)
 
     monkeypatch.setattr(stage, "pool", pool)
     monkeypatch.setattr(stage, "fitted", fitted)
