@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -65,7 +65,13 @@ $(VENV)-autofaiss/.done: # an environment of its own: it needs numpy 1
 	@touch $@
 
 bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x protocols; resumes (needs RETRIKT_DATA; hours). BENCH="seeds=[0]": a part
-	$(BIN)/python -m jobs.bench $(BENCH)
+	$(BIN)/python -m jobs.bench jobs/bench.yaml $(BENCH)
+
+bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
+	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
+
+bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN
+	$(BIN)/python -m jobs.bench_harvest $(RUN)
 
 bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-batched generate; prefixes of 150 classes
 	$(BIN)/python -m jobs.bench_generate speed

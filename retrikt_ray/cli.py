@@ -202,7 +202,7 @@ def status(run_uri: str) -> None:
     table = Table(title=str(opened.folder))
     for name in ("stage", "state", "seconds", "rows", "figures"):
         table.add_column(name, justify="right" if name == "seconds" else "left")
-    for stage in pipeline.STAGES:
+    for stage in opened.stages:
         manifest, state = artifacts.read_manifest(opened.artifact(stage.outputs[0])), str(opened.status(stage))
         if manifest is not None:
             try:

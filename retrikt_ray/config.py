@@ -22,6 +22,7 @@ from retrikt_ray.runtime.nodes import ClusterConfig
 from retrikt_ray.runtime.settings import ConfigError, Section, explain, nearest_key
 from retrikt_ray.store.annotate import AnnotateConfig
 from retrikt_ray.store.generate import GenerateConfig
+from retrikt_ray.store.harvest import HarvestConfig
 from retrikt_ray.student.fit import DistillConfig
 from retrikt_ray.task.prepare import PrepareConfig
 from retrikt_ray.teacher.teach import TeachConfig
@@ -38,6 +39,7 @@ class RunConfig(Section):
     teach: TeachConfig = TeachConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     generate: GenerateConfig = GenerateConfig()
+    harvest: HarvestConfig = HarvestConfig()
     annotate: AnnotateConfig = AnnotateConfig()
     distill: DistillConfig = DistillConfig()
     index: IndexConfig = IndexConfig()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,8 @@ from retrikt_ray.runtime.artifacts import Manifest, read_manifest
 from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
 from retrikt_ray.runtime.progress import console
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.task.card import Task
+from retrikt_ray.task.corpus import files_of
 from retrikt_ray.task.prepare import source_digest
 
 
@@ -45,7 +46,14 @@ STAGES = (
     Stage("teacher", "teach", "Tune the generation prompt and the annotator.", ("task",), ("teacher",)),
     Stage("policy", "reinforce", "Reinforcement of the generation prompt.", ("task", "teacher"), ("policy",)),
     Stage("store", "generate", "Generate texts.", ("task", "teacher", "policy"), ("generated",)),
-    Stage("store", "annotate", "Label, embed and filter them: the store.", ("task", "teacher", "generated"), ("store", "rejected")),
+    Stage("store", "harvest", "Choose passages of a corpus that are like the task's texts.", ("task", "teacher"), ("harvested",)),
+    Stage(
+        "store",
+        "annotate",
+        "Label, embed and filter texts: the store.",
+        ("task", "teacher", "generated", "harvested"),
+        ("store", "rejected"),
+    ),
     Stage("student", "distill", "Train the student.", ("task", "teacher", "store"), ("student",)),
     Stage("index", "index", "Build the index.", ("task", "store", "student"), ("index",)),
     Stage(
@@ -82,7 +90,7 @@ class Run:
         return self.folder.uri
 
     def __repr__(self) -> str:
-        return f"Run({self.folder.uri!r}: " + ", ".join(f"{stage.name} {self.status(stage)}" for stage in STAGES) + ")"
+        return f"Run({self.folder.uri!r}: " + ", ".join(f"{stage.name} {self.status(stage)}" for stage in self.stages) + ")"
 
     def _repr_html_(self) -> str | None:
         """The report's table, in a notebook."""
@@ -94,10 +102,25 @@ class Run:
     def log_file(self) -> Path | None:
         return Path(self.folder.uri) / "logs" / "ray.log" if self.folder.is_local else None
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Those of this run, in order: without a corpus there is nothing to harvest."""
+        return tuple(stage for stage in STAGES if stage.name != "harvest" or self.config.prepare.corpus)
+
+    def inputs(self, stage: Stage) -> tuple[str, ...]:
+        """The artifacts that the stage reads in this run."""
+        return tuple(name for name in stage.inputs if MADE_BY[name] in self.stages)
+
+    def source(self, stage: Stage) -> Any:
+        """What changes when the user's own files do that a stage reads."""
+        if stage.name == "harvest" and self.config.prepare.corpus:
+            return files_of(self.config.prepare.corpus)[1]
+        return source_digest(self.config.prepare) if stage.name == "prepare" else None
+
     def fingerprint(self, stage: Stage) -> str | None:
         """What the stage's artifacts depend on, or None while an input is not there."""
         contents = {}
-        for name in stage.inputs:
+        for name in self.inputs(stage):
             manifest = read_manifest(self.artifact(name))
             if manifest is None:
                 return None
@@ -109,7 +132,7 @@ class Run:
                 "seed": self.config.seed,
                 "config": getattr(self.config, stage.name).fingerprint_view(),
                 "inputs": contents,
-                "source": source_digest(self.config.prepare) if stage.name == "prepare" else None,
+                "source": self.source(stage),
             }
         )
 
@@ -128,8 +151,8 @@ def open_run(out: str, config: RunConfig) -> Run:
     if folder.exists("config.yaml"):
         theirs = load_config(folder)
         begun = read_manifest(folder / "task") is not None  # before, there is nothing to lose
-        if begun and (theirs.prepare, theirs.seed) != (config.prepare, config.seed):
-            old, new = ({"seed": c.seed, **c.prepare.model_dump()} for c in (theirs, config))
+        old, new = ({"seed": c.seed, **c.prepare.fingerprint_view()} for c in (theirs, config))
+        if begun and old != new:
             changed = ", ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in old if old[k] != new[k])
             raise ConfigError(f"{folder} holds a run of another task ({changed}); choose another --out, or remove the folder")
     elif folder.exists() and folder.files():
@@ -171,25 +194,9 @@ def load_run(uri: str) -> Run:
     return Run(folder, load_config(folder))
 
 
-@contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Keep a second driver off a local run directory. The kernel drops the lock when its holder dies, however it dies."""
-    if not run.folder.is_local:
-        yield
-        return
-    import fcntl
-
-    with open(Path(run.folder.uri) / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working on {run.folder}; wait for it or choose another --out") from None
-        yield
-
-
 def check_inputs(run: Run, stage: Stage) -> None:
     """Compare every input with its manifest, SHA-256 included, before anything is made from it."""
-    for name in stage.inputs:
+    for name in run.inputs(stage):
         made_by = MADE_BY[name].name
         if read_manifest(run.artifact(name)) is None:
             raise ConfigError(f"{stage.name} needs {run.artifact(name)}, which is not complete; run `retrikt {made_by} {run.folder}` first")
@@ -212,8 +219,9 @@ def run_stage(run: Run, stage: Stage) -> Manifest:
     started = time.time()
     section = getattr(run.config, stage.name)
     work = getattr(stage.module(), stage.name)
-    inputs = {name: run.artifact(name) for name in stage.inputs}
-    summary = work(section, inputs, outputs | {"scratch": scratch}, seed=run.config.seed)
+    inputs = {name: run.artifact(name) for name in run.inputs(stage)}
+    corpus = {"corpus": Folder.at(run.config.prepare.corpus)} if stage.name == "harvest" and run.config.prepare.corpus else {}
+    summary = work(section, inputs | corpus, outputs | {"scratch": scratch}, seed=run.config.seed)
     manifest: Manifest | None = None
     for name in reversed(stage.outputs):
         manifest = artifacts.seal(
@@ -240,9 +248,13 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
     from retrikt_ray.runtime import cluster
 
     connected = False
-    with locked(run):
+    with artifacts.locked(run.folder):
         for stage in STAGES:
             if only and stage.name != only:
+                continue
+            if stage not in run.stages:
+                if only:
+                    console.print(f"[dim]{stage.name:<10} nothing to do: prepare.corpus is not set[/dim]")
                 continue
             if not (force and only) and run.status(stage) == "done":
                 for name in stage.outputs:
@@ -268,7 +280,11 @@ def preflight(run: Run) -> None:
     from retrikt_ray.runtime.cluster import plan
     from retrikt_ray.runtime.settings import Scaled
 
-    for stage in STAGES:
+    if run.config.prepare.corpus:
+        files_of(run.config.prepare.corpus)  # raises where there is none
+        if Task.read(run.artifact("task")).pair:
+            raise ConfigError("prepare.corpus: this task compares two texts, and passages of a corpus are single ones; leave it out")
+    for stage in run.stages:
         section = getattr(run.config, stage.name)
         if isinstance(section, Scaled):
             plan(section, stage.name)

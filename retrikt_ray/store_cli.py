@@ -140,7 +140,7 @@ def compact(run: str) -> None:
 @click.argument("text")
 @click.option("-k", default=5, show_default=True, type=click.IntRange(min=1), help="Rows of either kind.")
 @click.option("--label", help="Only rows that the teacher gives this label.")
-@click.option("--source", help="Only rows of this source: generated, task, unlabelled or added.")
+@click.option("--source", help="Only rows of this source: generated, corpus, task, unlabelled or added.")
 def search(run: str, text: str, k: int, label: str | None, source: str | None) -> None:
     """The nearest rows of a text, and those that share most words. In pair tasks write TEXT ||| SECOND TEXT."""
     from retrikt_ray.predictor import Predictor

@@ -30,7 +30,7 @@ MAY_IMPORT = {  # beside itself; a module of the top level is a place of its own
     "config": ("runtime", "task", "teacher", "policy", "store", "student", "index", "report"),
     "bench": (*BELOW, "store", "student", "index", "knowledge", "report", "config", "pipeline"),
     "export": (*BELOW, "student", "index", "knowledge", "predictor", "report", "__init__"),
-    "estimate": ("runtime", "student", "config", "pipeline"),
+    "estimate": ("runtime", "task", "student", "config", "pipeline"),
     "pipeline": ("runtime", "task", "config", "report"),
     "__init__": ("config", "pipeline", "predictor", "knowledge"),  # the public face
     "store_cli": ("runtime", "task", "store", "index", "knowledge", "predictor", "pipeline"),

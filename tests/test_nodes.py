@@ -15,7 +15,7 @@ import yaml
 from making.local_nodes import LocalNodes, local_nodes
 from making.tasks import tiny, write_task
 
-from retrikt_ray.pipeline import BY_NAME, STAGES, load_run
+from retrikt_ray.pipeline import BY_NAME, load_run
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
 
@@ -66,7 +66,7 @@ def whole(nodes: LocalNodes, config: Path) -> str:
 @pytest.mark.slow
 def test_a_job_on_three_nodes_leaves_its_run_on_the_object_store(whole: str) -> None:
     run = load_run(whole)
-    for stage in STAGES:
+    for stage in run.stages:
         for name in stage.outputs:
             artifacts.check(run.artifact(name), deep=True)
     assert run.report["systems"]["retrikt"]["score"]["mean"] >= 0

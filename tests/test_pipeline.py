@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making.tasks import tiny, write_pair_regression
+from making.tasks import tiny, write_corpus, write_pair_regression
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.predictor import Prediction
@@ -25,7 +25,7 @@ SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels",
 
 
 def test_every_artifact_is_sealed_and_verifies(run: pipeline.Run) -> None:
-    for stage in pipeline.STAGES:
+    for stage in run.stages:
         for name in stage.outputs:
             manifest = artifacts.check(run.artifact(name), deep=True)
             assert manifest.stage == stage.name and manifest.seconds > 0
@@ -63,14 +63,14 @@ def test_teacher_beats_majority_on_a_learnable_task(run: pipeline.Run) -> None:
 
 
 def test_a_second_call_skips_everything(run: pipeline.Run) -> None:
-    before = {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for n in pipeline.MADE_BY}
+    before = {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for s in run.stages for n in s.outputs}
     pipeline.run_all(run)
-    assert before == {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for n in pipeline.MADE_BY}
+    assert before == {n: Path(run.folder.uri, n, "manifest.json").stat().st_mtime_ns for s in run.stages for n in s.outputs}
 
 
 def test_a_changed_config_makes_its_stage_stale_and_scale_does_not(run: pipeline.Run) -> None:
     changed = pipeline.Run(run.folder, run.config.model_copy(update={"distill": run.config.distill.model_copy(update={"epochs": 2})}))
-    states = {s.name: changed.status(s) for s in pipeline.STAGES}
+    states = {s.name: changed.status(s) for s in changed.stages}
     assert states["annotate"] == "done" and states["distill"] == "stale"
     scaled = pipeline.Run(run.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 7})}))
     assert scaled.status(pipeline.BY_NAME["generate"]) == "done"
@@ -90,6 +90,41 @@ def test_one_and_two_workers_make_the_same_store(run: pipeline.Run, tmp_path: Pa
     pipeline.run_all(other, only="annotate")
     for name in ("store", "rejected"):
         assert other.artifact(name).read_tables().equals(run.artifact(name).read_tables())
+
+
+def test_a_corpus_joins_a_run_that_is_finished(run: pipeline.Run, tmp_path: Path) -> None:
+    """Only harvest and what hangs on it are redone; the corpus shows in the store; other files make it stale; without it all is as before."""
+    other = copied(run, tmp_path / "more", keep=("task", "teacher", "policy", "generated", "store", "rejected"))
+    prepare = run.config.prepare.model_copy(update={"corpus": str(write_corpus(tmp_path))})
+    settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"rows": 30})})
+    assert "harvest" not in {stage.name for stage in other.stages} and other.status(pipeline.BY_NAME["annotate"]) == "done"
+    other = pipeline.open_run(other.folder.uri, settings)
+    assert [s.name for s in other.stages if other.status(s) == "done"] == ["prepare", "teach", "reinforce", "generate"]
+    for stage in ("harvest", "annotate"):
+        pipeline.run_all(other, only=stage)
+    assert [other.status(pipeline.BY_NAME[name]) for name in ("harvest", "annotate")] == ["done", "done"]
+    store = other.artifact("store")
+    assert store.read_json("store.json")["by_source"]["corpus"] == store.read_tables()["source"].to_pylist().count("corpus") >= 28
+    with (tmp_path / "corpus" / "a.txt").open("a") as corpus:
+        corpus.write("One more line of text.\n")
+    assert other.status(pipeline.BY_NAME["harvest"]) == "stale"
+    pipeline.run_all(run, only="harvest")  # says that there is nothing to do
+    assert not run.artifact("harvested").exists()
+
+
+def test_a_corpus_that_cannot_serve_is_refused_before_anything_is_made(run: pipeline.Run, tmp_path: Path) -> None:
+    def refused(task: str, corpus: str) -> str:
+        prepare = run.config.prepare.model_copy(update={"corpus": corpus})
+        made = pipeline.Run(Folder.at(tmp_path), run.config.model_copy(update={"prepare": prepare}))
+        made.artifact("task").write_bytes("task.json", task.encode())
+        with pytest.raises(ValueError) as error:
+            pipeline.preflight(made)
+        return str(error.value)
+
+    card = run.artifact("task").read_bytes("task.json").decode()
+    assert f"{tmp_path}/nothing: no such corpus" in refused(card, f"{tmp_path}/nothing")
+    pairs = json.dumps(json.loads(card) | {"pair": True})
+    assert "prepare.corpus: this task compares two texts" in refused(pairs, str(write_corpus(tmp_path)))
 
 
 def test_the_python_of_the_texts_runs(run: pipeline.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +198,7 @@ def test_sigkill_in_distill_resumes_to_the_same_weights(run: pipeline.Run, tmp_p
         ("reinforce", ("task", "teacher"), ".scratch/reinforce-*/ppo/checkpoint*/state.json"),
         ("annotate", ("task", "teacher", "generated"), ".scratch/annotate-*/part-*.parquet"),
         ("index", ("task", "store", "student"), ".scratch/index-*/part-*.parquet"),
-        ("evaluate", tuple(n for n in pipeline.MADE_BY if n != "report"), "report/draft.json"),
+        ("evaluate", tuple(n for n in pipeline.MADE_BY if n not in ("harvested", "report")), "report/draft.json"),
     ],
 )
 def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: str, keep: tuple[str, ...], begun: str) -> None:
@@ -175,6 +210,24 @@ def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: s
         assert {n: s["score"] for n, s in scores[0].items()} == {n: s["score"] for n, s in scores[1].items()}
     else:
         assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
+
+
+@pytest.mark.slow
+def test_sigkill_in_harvest_resumes_to_the_same_passages(run: pipeline.Run, tmp_path: Path) -> None:
+    """12 MB: three pieces."""
+    corpus, numbers = tmp_path / "large.txt", range(110_000)
+    corpus.write_text(
+        "".join(f"Minister {i} spoke of rain and snow. We saw {i % 997} cakes and {i} soups. So it was in {i}.\n" for i in numbers)
+    )
+    prepare = run.config.prepare.model_copy(update={"corpus": str(corpus)})
+    settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"candidates": 1500})})
+    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
+    for other in (whole, killed):
+        pipeline.open_run(other.folder.uri, settings)
+    pipeline.run_all(pipeline.load_run(whole.folder.uri), only="harvest")
+    kill_and_resume(Path(killed.folder.uri), "harvest", ".scratch/harvest-*/sifted-*.parquet")
+    made = artifacts.check(killed.artifact("harvested"), deep=True)
+    assert made.content == artifacts.check(whole.artifact("harvested")).content and made.rows["part"] > 500
 
 
 def test_pairs_and_regression_with_an_encoder_on_an_object_store(

@@ -105,7 +105,7 @@ def test_a_whole_run(cluster_of: Callable[[int], None], tiny_lm: str, tmp_path: 
     run = pipeline.open_run(str(tmp_path / "run"), config.parse(yaml.safe_dump(settings), "test"))
     began = time.perf_counter()
     pipeline.run_all(run)
-    for stage in pipeline.STAGES:
+    for stage in run.stages:
         assert run.status(stage) == "done"
         for name in stage.outputs:
             artifacts.check(run.artifact(name), deep=True)

@@ -1,8 +1,8 @@
 """`retrikt bench`: tasks x seeds x protocols x groups of systems, each cell a file, so that what was interrupted goes on where it was.
 
 OUT/TASK/seed-N/ is a run up to its store, made by the run's own stages; OUT/cells/TASK-seed-N-PROTOCOL-GROUP.json what the systems of a group
-score on its test split. Teacher and store are made once a task and seed, with the unlabelled texts; the protocol `generated` leaves those rows
-of the store out.
+score on its test split. Teacher and store are made once a task and seed, with all the sources that the config names; a protocol takes the rows of
+some of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from retrikt_ray.runtime.progress import console
 from retrikt_ray.runtime.settings import Scaled
 
 VERSION = 2  # raise when a baseline would score otherwise on the same store
-STAGES = ("prepare", "teach", "reinforce", "generate", "annotate")
+STAGES = ("prepare", "teach", "reinforce", "generate", "harvest", "annotate")
 INPUTS = ("task", "teacher", "store")
-SOURCES: dict[str, tuple[str, ...]] = {"generated": ("task", "generated"), "unlabelled": ()}  # of the store's rows, by protocol; none: all
+SOURCES: dict[str, tuple[str, ...]] = {  # of the store's rows, by protocol
+    "generated": ("task", "generated"),
+    "unlabelled": ("task", "generated", "unlabelled"),
+    "corpus": ("task", "corpus"),
+    "corpus_generated": ("task", "corpus", "generated"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,11 @@ def bench(config: BenchConfig, out: str) -> list[dict[str, Any]]:
 def made(config: BenchConfig, root: Folder, task: str, seed: int) -> pipeline.Run:
     """The run of a task and seed, with a complete store."""
     run = pipeline.open_run((root / task / f"seed-{seed}").uri, config.run_config(task, seed))
-    if any(run.status(pipeline.BY_NAME[name]) != "done" for name in STAGES):
+    stages = [stage for stage in run.stages if stage.name in STAGES]
+    if any(run.status(stage) != "done" for stage in stages):
         console.print(f"[bold]{task}, seed {seed}[/bold]")
-        for name in STAGES:
-            pipeline.run_all(run, only=name)
+        for stage in stages:
+            pipeline.run_all(run, only=stage.name)
     return run
 
 

@@ -20,9 +20,9 @@ class BenchConfig(Section):
     common: dict[str, dict[str, Any]] = Field({}, description="Sections of a run's config that all tasks share.")
     tasks: dict[str, dict[str, dict[str, Any]]] = Field(description="By name of the task: sections of a run's config, over `common`.")
     seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1, description="Each draws other labelled rows and makes all else anew.")
-    protocols: list[Literal["generated", "unlabelled"]] = Field(
+    protocols: list[Literal["generated", "unlabelled", "corpus", "corpus_generated"]] = Field(
         ["generated", "unlabelled"],
-        description="Which rows of a store count: generated and labelled ones, or the task's unlabelled texts as well.",
+        description="Which rows of a store count beside the labelled ones: generated ones, these and the task's unlabelled texts, passages of a corpus, or these and generated ones.",
     )
     groups: list[str] = Field([*GROUPS], description="What is compared; default everything.")
 

@@ -18,9 +18,11 @@ from retrikt_ray.runtime.artifacts import read_manifest
 from retrikt_ray.runtime.progress import console, listening
 from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.student.rows import MOST_TIMES
+from retrikt_ray.task.corpus import files_of
 
 WAVES = 6  # shards that each worker writes in the small run: fewer say little about their rate
 UNLABELLED = 400  # texts of the domain in the small run
+CANDIDATES, MEGABYTES = 2048, 8  # of a corpus there, the latter for each worker
 STEPS, STUDENT_STEPS = 16, 240  # of a training there, about; the student's are short
 FILE = "estimate.json"
 
@@ -41,17 +43,17 @@ def estimate(config: RunConfig, out: str) -> dict[str, Any]:
     folder.remove()
     probe = pipeline.open_run(folder.uri, small)
     found: dict[str, tuple[list[scaling.Part], float]] = {}
-    for stage in pipeline.STAGES:
+    for stage in probe.stages:
         with listening() as trackers, watched_memory() as peak:
             pipeline.run_all(probe, only=stage.name)
         found[stage.name] = [p for t in trackers if (p := scaling.part(t.label, t.points))], peak[0]
     of_probe = read_manifest(probe.folder / "task")
     assert of_probe is not None
     ratios = scaling.ratios(
-        scaling.amounts(config, train, unlabelled, MOST_TIMES),
-        scaling.amounts(small, train, of_probe.rows["unlabelled"], MOST_TIMES),
+        scaling.amounts(config, train, unlabelled, megabytes(config), MOST_TIMES),
+        scaling.amounts(small, train, of_probe.rows["unlabelled"], megabytes(small), MOST_TIMES),
     )
-    rows = [row(stage, probe, config, *found[stage.name], ratios) for stage in pipeline.STAGES]
+    rows = [row(stage, probe, config, *found[stage.name], ratios) for stage in probe.stages]
     with_trainings(rows, probe)
     result = total(rows, *tokens(probe, config))
     folder.remove()
@@ -76,10 +78,23 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
         },
         "reinforce": {"steps": min(config.reinforce.steps, 4)},
         "generate": {"rows": rows, "max_tokens": 0, "max_seconds": 0, "max_cost": 0},
+        "harvest": {
+            "rows": min(config.harvest.rows, CANDIDATES // 4),
+            "candidates": min(config.harvest.candidates, CANDIDATES),
+            "megabytes": min(megabytes(config), workers * MEGABYTES),
+        },
         "distill": {"epochs": min(config.distill.epochs, -(-STUDENT_STEPS * config.distill.batch // (rows + train)))},
     }
     sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     return config.model_copy(update=sections)
+
+
+def megabytes(config: RunConfig) -> float:
+    """What is read of the corpus."""
+    if not config.prepare.corpus:
+        return 0
+    found = sum(stamp[0] for stamp in files_of(config.prepare.corpus)[1].values()) / 1e6
+    return min(found, config.harvest.megabytes or found)
 
 
 def row(
@@ -164,7 +179,7 @@ def afterwards(run: pipeline.Run) -> str | None:
     if not run.folder.exists(FILE):
         return None
     told = run.folder.read_json(FILE)
-    manifests = [read_manifest(run.artifact(stage.outputs[0])) for stage in pipeline.STAGES]
+    manifests = [read_manifest(run.artifact(stage.outputs[0])) for stage in run.stages]
     if not all(manifests):
         return None
     took = sum(m.seconds for m in manifests if m)

@@ -65,9 +65,12 @@ def stretched(seconds: float, parts: list[Part], ratios: dict[str, float]) -> tu
     return fixed + sum(after for after, _ in scaled), math.sqrt(sum(doubts))
 
 
-def amounts(config: Any, train: int, unlabelled: int, most_times: int) -> dict[str, float]:
-    """What each piece of work is proportional to, by its label. config: a RunConfig; most_times: how often distillation repeats a row at most."""
-    rows = config.generate.rows
+def amounts(config: Any, train: int, unlabelled: int, megabytes: float, most_times: int) -> dict[str, float]:
+    """What each piece of work is proportional to, by its label.
+
+    config: a RunConfig; megabytes: of the corpus that are read; most_times: how often distillation repeats a row at most.
+    """
+    rows = config.generate.rows + (config.harvest.rows if megabytes else 0)
     domain = train + unlabelled
     learnt = rows + (
         min(rows, domain * most_times) if rows > domain else domain
@@ -76,7 +79,9 @@ def amounts(config: Any, train: int, unlabelled: int, most_times: int) -> dict[s
         "teach: prompt": train * config.teach.prompt_epochs,
         "teach: annotator": train * config.teach.annotator_epochs,
         "reinforce: prompt": config.reinforce.steps,
-        "generate": rows,
+        "generate": config.generate.rows,
+        "harvest: passages": megabytes,
+        "harvest: candidates": config.harvest.candidates,
         "annotate": domain + rows,
         "distill: student": learnt * config.distill.epochs,
         "index: shards": domain + rows,

@@ -1,4 +1,4 @@
-"""Stage 7, index: the student's vectors of the store in FAISS shards, its words in postings, its n-gram memory, and the mixture of their voices."""
+"""Stage 8, index: the student's vectors of the store in FAISS shards, its words in postings, its n-gram memory, and the mixture of their voices."""
 
 from __future__ import annotations
 

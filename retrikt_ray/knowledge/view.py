@@ -277,7 +277,7 @@ class Neighbour:
     id: str
     text: str
     text_pair: str | None
-    source: str  # generated | task | unlabelled | added
+    source: str  # generated | corpus | task | unlabelled | added
     asked_label: str | None
     label: str  # the teacher's
     score: float  # its probability, or the value in regression

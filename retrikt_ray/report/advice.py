@@ -105,7 +105,7 @@ def store_adds_nothing(report: Report) -> str | None:
         return None
     return (
         f"The store adds nothing that can be measured to the labelled rows alone ({points(found[0])} ± {points(found[1])} points). Unlabelled texts of "
-        "the domain (prepare.unlabelled) are the first thing to try, then a larger LLM (teach.base)."
+        "the domain (prepare.unlabelled) are the first thing to try, then general text (prepare.corpus) and a larger LLM (teach.base)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Stage 8, evaluate: teacher, RetriKT and every baseline on the whole test split, and the report.
+"""Stage 9, evaluate: teacher, RetriKT and every baseline on the whole test split, and the report.
 
 Systems are fitted and asked in parallel Ray tasks; the teacher, the slow one, answers through an actor pool. Nothing here is chosen on test.
 """

@@ -10,10 +10,14 @@ What was left out on purpose: versions of an artifact. A run has one config; a c
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, digest
+from retrikt_ray.runtime.settings import ConfigError
 
 DRAFT = "draft.json"  # names the fingerprint that the unfinished files of a folder belong to
 
@@ -123,6 +127,22 @@ def seal(
     )
     folder.write_sealed(MANIFEST, asdict(manifest))
     return manifest
+
+
+@contextmanager
+def locked(folder: Folder) -> Iterator[None]:
+    """Keep a second driver off a local run directory. The kernel drops the lock when its holder dies, however it dies."""
+    if not folder.is_local:
+        yield
+        return
+    import fcntl
+
+    with open(Path(folder.uri) / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working on {folder}; wait for it or choose another --out") from None
+        yield
 
 
 def versions() -> dict[str, str]:

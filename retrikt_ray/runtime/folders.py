@@ -49,6 +49,11 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def stamp(info: dict[str, Any]) -> list[Any]:
+    """Size and time or tag of a file, from what a filesystem tells of it."""
+    return [int(info["size"]), *(str(info[key]) for key in ("mtime", "ETag", "etag", "LastModified", "last_modified") if info.get(key))]
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder by URI. Holds no open handle, so it travels to Ray workers as it is."""
@@ -90,6 +95,19 @@ class Folder:
         except FileNotFoundError:
             return None
         return [info.get(key) for key in ("mtime", "ino", "size", "ETag", "LastModified")]
+
+    def stamps(self) -> dict[str, list[Any]]:
+        """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
+        fs, path = self._fs()
+        if not fs.exists(path):
+            return {}
+        root, found = path.rstrip("/") + "/", fs.find(path, detail=True)
+        return {name[len(root) :]: stamp(info) for name, info in found.items() if ".tmp-" not in name}
+
+    def stamp(self, name: str) -> list[Any] | None:
+        """The same of one file; None where it is not there."""
+        fs, path = self._fs(name)
+        return stamp(fs.info(path)) if fs.exists(path) else None
 
     def exists(self, name: str = "") -> bool:
         fs, path = self._fs(name)

@@ -26,7 +26,7 @@ SAME_VALUE = 1e-6  # values of a regression that differ by less are the same
 QUERY: dict[str, tuple[dict[str, Any], str]] = {  # of GET /knowledge
     "q": ({"type": "string"}, "Only rows that hold these words, whatever their case."),
     "label": ({"type": "string"}, "Only rows that the teacher gives this label."),
-    "source": ({"type": "string"}, "Only rows of this source: generated, task, unlabelled or added."),
+    "source": ({"type": "string"}, "Only rows of this source: generated, corpus, task, unlabelled or added."),
     "offset": ({"type": "integer", "minimum": 0, "default": 0}, "Rows to pass over."),
     "limit": ({"type": "integer", "minimum": 1, "maximum": MOST_LISTED, "default": 50}, "Rows to answer with."),
 }

@@ -111,7 +111,7 @@ class RetrieveBody(Body):
         "dense", description="By the student's vectors, by shared words (BM25), or both, apart: {dense, lexical}."
     )
     label: str | None = Field(None, description="Only rows that the teacher gives this label.")
-    source: str | None = Field(None, description="Only rows of this source: generated, task, unlabelled or added.")
+    source: str | None = Field(None, description="Only rows of this source: generated, corpus, task, unlabelled or added.")
 
 
 class PutBody(Strict):

@@ -1,6 +1,6 @@
-"""Stage 5, annotate: the teacher labels and embeds every text; what is not good enough is kept apart with its reason.
+"""Stage 6, annotate: the teacher labels and embeds every text; what is not good enough is kept apart with its reason.
 
-Three sources become rows of one store: generated texts, the labelled task rows, and unlabelled texts of the domain. Annotators run in a
+Four sources become rows of one store: the labelled task rows, unlabelled texts of the domain, passages of a corpus, and generated texts. Annotators run in a
 Ray Data actor pool, shard by shard, each writing one atomic file. Filters that look at the whole store (duplicates, leakage; `duplicates.py`) run
 after, over hashes alone, so that their answer does not depend on the number of workers.
 """
@@ -26,6 +26,7 @@ from retrikt_ray.task.words import words
 
 VERSION = 3
 CHUNK = 512  # rows per annotated part
+PARTS = {"harvested": "corpus", "generated": "generated"}  # artifact with texts -> what their source is called
 READ = ["text", "text_pair", "condition", "finished", "error", "probs"]  # what a decision looks at
 
 
@@ -43,13 +44,13 @@ class AnnotateConfig(Scaled):
         0.0,
         ge=0,
         le=1,
-        description="Generated and unlabelled texts whose top probability is lower are rejected (`low_confidence`). 0: off.",
+        description="Texts that are not the task's labelled rows and whose top probability is lower are rejected (`low_confidence`). 0: off.",
     )
     near_duplicates: float = Field(
         0.8,
         ge=0.5,
         le=1,
-        description="Generated and unlabelled texts that share this much of their words and word pairs (Jaccard) with an earlier row are rejected (`near_duplicate`). 1: off.",
+        description="Texts, not the task's labelled rows, that share this much of their words and word pairs (Jaccard) with an earlier row are rejected (`near_duplicate`). 1: off.",
     )
     require_agreement: bool = Field(
         False, description="Reject generated texts that the teacher labels otherwise than asked (`label_disagreement`)."
@@ -95,7 +96,9 @@ def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
 
     chunks: list[dict[str, Any]] = []
     files = [(inputs["task"], "train.parquet", "task"), (inputs["task"], "unlabelled.parquet", "unlabelled")]
-    files += [(inputs["generated"], n, "generated") for n in inputs["generated"].files() if n.startswith("part-")]
+    for artifact, source in PARTS.items():
+        if artifact in inputs:
+            files += [(inputs[artifact], n, source) for n in inputs[artifact].files() if n.startswith("part-")]
     for folder, name, source in files:
         count = pq.read_metadata(pa.BufferReader(folder.read_bytes(name))).num_rows
         for start in range(0, count, CHUNK):
@@ -190,13 +193,13 @@ def write(
 ) -> tuple[Counter[str], Counter[str]]:
     """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason."""
     task = Task.read(inputs["task"])
-    created_by = inputs["generated"].read_json(MANIFEST)["fingerprint"][:16]
+    made_by = {source: inputs[name].read_json(MANIFEST)["fingerprint"][:16] for name, source in PARTS.items() if name in inputs}
     by_source, reasons = Counter[str](), Counter[str]()
     width = 0
     for chunk, found in zip(chunks, reasons_of, strict=True):
         kept, rejected, why = [], [], []
         for record, reason in zip(out["scratch"].read_table(part_name(chunk)).to_pylist(), found, strict=True):
-            row = store_row(record, chunk["source"], created_by, task)
+            row = store_row(record, chunk["source"], made_by.get(chunk["source"], made_by["generated"]), task)
             if reason:
                 rejected.append(row)
                 why.append({"reason": reason})

@@ -21,7 +21,7 @@ from retrikt_ray.task.words import distinct, self_bleu, words
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHOWN, SHOWN_REJECTED = 20, 3  # rows, in all and of each reason
+SHOWN, SHOWN_REJECTED = 20, 3  # rows, of a source and of each reason
 SAMPLE = (
     500  # rows of a source at most that variety and nearness are told of: distinct-n falls with their number, so all sources give as many
 )
@@ -37,12 +37,13 @@ def store_card(store: Folder, rejected: Folder, task: Task, seed: int) -> dict[s
     generated, kept: rows; by_source, rejected: rows by source, by reason; repeated: share of generated texts that equal or nearly equal an earlier row;
     agreement: share of generated rows that the teacher labels as asked; classes: by label its rows by source (as the teacher labels them), and
     those asked for; lengths, variety: by source; begin_with_a_letter, off_task: shares by source; confidence: by source, share of rows by
-    tenths of the top probability; rows, rejected_rows: drawn ones.
+    tenths of the top probability; rows, rejected_rows: drawn ones, of texts that were generated or harvested where there are such.
     """
     table = store.read_tables(columns=COLUMNS)
     answers, source = matrix(table["teacher_probs"]), np.array(table["source"].to_pylist())
     condition = np.array([-1 if c is None else c for c in table["condition"].to_pylist()])
-    kinds = [kind for kind in ("task", "unlabelled", "generated") if (source == kind).any()]
+    kinds = [kind for kind in ("task", "unlabelled", "corpus", "generated") if (source == kind).any()]
+    doubted = [kind for kind in kinds if kind in ("corpus", "generated")] or kinds[-1:]  # sources to look at
     rng = np.random.default_rng([seed, 11])
     size = min(SAMPLE, *(int((source == kind).sum()) for kind in kinds))
     samples = {kind: np.sort(rng.choice(np.flatnonzero(source == kind), size, replace=False)) for kind in kinds}
@@ -58,7 +59,7 @@ def store_card(store: Folder, rejected: Folder, task: Task, seed: int) -> dict[s
         "variety": {kind: variety(table.take(index)) for kind, index in samples.items()},
         "off_task": off_task(store, samples),
         "confidence": {k: histogram(answers[source == k].max(1)) for k in kinds if k != "task"} if certain else {},
-        "rows": drawn(table, task, answers, np.flatnonzero(source == kinds[-1]), rng),  # the least trusted source
+        "rows": [row for kind in doubted for row in drawn(table, task, answers, np.flatnonzero(source == kind), rng)],
         "rejected_rows": drawn_rejected(out, rng),
     }
 

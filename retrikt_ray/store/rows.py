@@ -25,6 +25,15 @@ GENERATED = pa.schema(  # of `generated/`
         ("error", pa.string()),  # why there is no text
     ]
 )
+HARVESTED = pa.schema(  # of `harvested/`
+    [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("text_pair", pa.string()),
+        ("file", pa.string()),  # of the corpus, where it stands
+        ("nearness", pa.float32()),  # mean cosine to the nearest labelled rows
+    ]
+)
 ANNOTATED = pa.schema(  # of what annotators hand over, whatever the source; null where the source has no such column, or the text is empty
     [
         ("id", pa.string()),
@@ -53,8 +62,8 @@ class Row:
     value: float | None  # true class id or number of a task row
     teacher_probs: list[float] | None  # class probabilities, or one value in regression
     teacher_embedding: list[float] | None
-    source: str  # generated | task | unlabelled | added
-    created_by: str  # content digest of the generated artifact, or the edit
+    source: str  # generated | task | unlabelled | corpus | added
+    created_by: str  # fingerprint of the artifact with the texts, or the edit
 
 
 def store_schema(width: int) -> pa.Schema:

@@ -1,4 +1,4 @@
-"""Stage 6, distill: train the student on the store (Ray Train, one or more workers)."""
+"""Stage 7, distill: train the student on the store (Ray Train, one or more workers)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -66,6 +66,11 @@ class PrepareConfig(Section):
         description="Unlabelled texts of the domain (a file, .txt allowed), or `train`: the texts of the train rows that were not drawn.",
     )
     unlabelled_rows: int | None = Field(None, ge=1, description="At most this many unlabelled texts; default all.")
+    corpus: str | None = Field(
+        None,
+        description="General text of any size, whose passages most like the labelled rows become rows of the store (see `harvest`): a folder, file or URI of .txt (a document a line), .jsonl or .parquet.",
+    )
+    not_in_fingerprint: ClassVar[frozenset[str]] = frozenset({"corpus"})  # `harvest` reads it
 
     @model_validator(mode="after")
     def _check(self) -> PrepareConfig:

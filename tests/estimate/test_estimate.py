@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making.tasks import tiny, write_task
+from making.tasks import tiny, write_corpus, write_task
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.config import RunConfig
@@ -42,15 +42,15 @@ def test_afterwards_the_run_says_how_far_off_it_was(run: pipeline.Run) -> None:
 
 @pytest.mark.slow
 def test_an_estimate_names_every_stage_and_leaves_the_run_to_be_made(cluster: None, tiny_lm: str, tmp_path: Path) -> None:
-    prepare = {"data": str(write_task(tmp_path / "data")), "n_per_class": 12, "unlabelled": "train"}
-    text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, generate={"rows": 64, "price_per_hour": 36.0}))
+    prepare = {"data": str(write_task(tmp_path / "data")), "n_per_class": 12, "unlabelled": "train", "corpus": str(write_corpus(tmp_path))}
+    text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, generate={"rows": 64, "price_per_hour": 36.0}, harvest={"rows": 8}))
     settings = config.parse(text, "test")
     found = estimate(settings, str(tmp_path / "run"))
     assert [s["stage"] for s in found["stages"]] == [stage.name for stage in pipeline.STAGES]
     assert found["seconds"] > 0 and found["cost"] > 0 and found["tokens"] > 64 and all(s["memory_mb"] > 0 for s in found["stages"])
     opened = pipeline.load_run(str(tmp_path / "run"))
-    assert {stage.name: opened.status(stage) for stage in pipeline.STAGES} == {
-        s.name: "done" if s.name == "prepare" else "missing" for s in pipeline.STAGES
+    assert {stage.name: opened.status(stage) for stage in opened.stages} == {
+        s.name: "done" if s.name == "prepare" else "missing" for s in opened.stages
     }
     assert not (tmp_path / "run" / ".probe").exists()
     made = pipeline.run(settings, tmp_path / "run")

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 WORDS = {
     "weather": ["rain", "sun", "storm", "wind", "cloud", "snow"],
     "food": ["soup", "bread", "cheese", "apple", "rice", "cake"],
@@ -35,6 +38,24 @@ def write_task(folder: Path, train: int = 36, validation: int = 12, test: int = 
     write_jsonl(folder / "validation.jsonl", rows(validation, train))
     write_jsonl(folder / "test.jsonl", rows(test, train + validation))
     return folder
+
+
+def corpus_documents() -> list[tuple[str, str, str]]:
+    """36 documents of three sentences of five words, of which the middle one is about the task; one of these is there seven times."""
+    pairs = [(first, second) for some in WORDS.values() for first in some for second in some if first < second]
+    middle = [f"We saw {first} and {second}." for first, second in [*pairs, *pairs[:1] * 6]]
+    names = [first + second for first in "lmnopq" for second in "aeiouy"]
+    return [(f"Minister {n} spoke for hours.", text, f"Nobody heard {n} speak there.") for n, text in zip(names, middle, strict=True)]
+
+
+def write_corpus(folder: Path) -> Path:
+    """The documents of a corpus, in turn as lines of text, JSON and Parquet."""
+    (folder / "corpus").mkdir(parents=True)
+    documents = [" ".join(some) for some in corpus_documents()]
+    (folder / "corpus" / "a.txt").write_text("\n".join(documents[::3]) + "\n")
+    write_jsonl(folder / "corpus" / "b.jsonl", [{"text": text} for text in documents[1::3]])
+    pq.write_table(pa.table({"text": documents[2::3]}), folder / "corpus" / "c.parquet", row_group_size=5)
+    return folder / "corpus"
 
 
 def write_pair_regression(folder: Path) -> Path:

@@ -54,7 +54,7 @@ def test_a_row_that_could_not_be_written_is_no_empty_text() -> None:
     assert reason(row("", error="MemoryError: no room", probs=None)) == "failed"
 
 
-@pytest.mark.parametrize("source", ["generated", "task", "unlabelled"])
+@pytest.mark.parametrize("source", ["generated", "task", "unlabelled", "corpus"])
 def test_empty_leakage_and_duplicates_are_rejected_whatever_the_source(source: str) -> None:
     assert reason(row(""), source) == "empty"
     assert reason(row(text_pair=""), source) == "empty"
@@ -135,7 +135,11 @@ def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: An
     ):
         folder.write_table(name, pa.table({"id": [str(i) for i in range(rows)]}))
     generated.write_bytes("manifest.json", b"{}")
+    harvested = Folder.at(tmp_path / "harvested")
+    harvested.write_table("part-00000.parquet", pa.table({"id": ["0", "1"]}))
     chunks = sources({"task": task, "generated": generated})
+    with_corpus = sources({"task": task, "generated": generated, "harvested": harvested})
+    assert [c["source"] for c in with_corpus] == ["task", "task", "corpus", "generated", "generated"] and with_corpus[2]["rows"] == 2
     assert [(c["part"], c["source"], c["name"], c["start"], c["rows"]) for c in chunks] == [
         (0, "task", "train.parquet", 0, CHUNK),
         (1, "task", "train.parquet", CHUNK, 1),
@@ -160,6 +164,26 @@ def stage(path: Any, parts: list[tuple[str, list[dict[str, Any]]]]) -> tuple[dic
     for part, (_, rows) in enumerate(parts):
         folders["scratch"].write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist(rows, schema=ANNOTATED))
     return folders, [{"part": part, "source": source} for part, (source, _) in enumerate(parts)]
+
+
+def test_passages_of_a_corpus_are_rows_like_others(tmp_path: Any) -> None:
+    """A generated text that says what a passage does goes, copies of held-out texts go, and each row names the artifact that it is from."""
+    passages = [record("corpus-0", "A new film", None, None), record("corpus-1", "A held out film!", None, None)]
+    parts = [
+        ("task", [record("train-0", "a fine film", 1, 1.0)]),
+        ("corpus", passages),
+        ("generated", [record("g-0", "a new film", 1, None)]),
+    ]
+    folders, chunks = stage(tmp_path, parts)
+    folders["harvested"] = Folder.at(tmp_path / "harvested")
+    folders["harvested"].write_json("manifest.json", {"fingerprint": "c" * 64})
+    by_source, reasons = write(chunks, decide(AnnotateConfig(), chunks, folders["task"], folders["scratch"]), folders, folders)
+    assert dict(by_source) == {"task": 1, "corpus": 1} and dict(reasons) == {"leakage": 1, "duplicate": 1}
+    kept = folders["store"].read_tables().to_pylist()
+    assert [(r["id"], r["source"], r["asked_label"], r["created_by"]) for r in kept] == [
+        ("train-0", "task", "yes", "f" * 16),
+        ("corpus-0", "corpus", None, "c" * 16),
+    ]
 
 
 LONG = "the film begins slowly but the second half is worth the wait"

@@ -110,6 +110,16 @@ def test_drawn_rows_are_generated_ones_of_all_classes_in_equal_parts(tmp_path: A
     assert again == card and [r["id"] for r in other["rows"]] != [r["id"] for r in card["rows"]]
 
 
+def test_passages_of_a_corpus_are_told_and_drawn_as_well(tmp_path: Any) -> None:
+    passages = [row(f"c-{i}", f"passage number {i}", "corpus", None, [0.3, 0.7]) for i in range(30)]
+    write(Folder.at(tmp_path), [*KEPT[:4], *passages, *KEPT[4:]], REJECTED, 7)
+    card = card_of(Folder.at(tmp_path))
+    assert [*card["variety"]] == ["task", "unlabelled", "corpus", "generated"] and card["by_source"]["corpus"] == 30
+    assert card["classes"][1]["rows"] == {"task": 1, "unlabelled": 1, "corpus": 30, "generated": 2}
+    assert [r["source"] for r in card["rows"]] == ["corpus"] * SHOWN + ["generated"] * 3
+    assert {(r["asked"], r["label"], r["agrees"]) for r in card["rows"][:SHOWN]} == {(None, "good", None)}
+
+
 def test_a_store_without_generated_rows(tmp_path: Any) -> None:
     write(Folder.at(tmp_path), KEPT[:4], [], 0)
     card = card_of(Folder.at(tmp_path))
