@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-reinforce bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -88,6 +88,9 @@ bench-texts: install ## How texts of quick start, SST-2 and TREC begin, beside t
 
 bench-estimate: install ## `retrikt estimate` of three configs, and what their runs then take (needs RETRIKT_DATA; half an hour)
 	$(BIN)/python -m jobs.bench_estimate
+
+bench-reinforce: install ## Peak memory of an iteration of reinforcement beside plain generation, vocabulary of 152k
+	$(BIN)/python -m jobs.bench_reinforce
 
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
