@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-generate bench-latency bench-serve \
-  bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
+  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -73,6 +73,9 @@ bench-generate: install ## Tokens a second beside PeftModel.generate and a hand-
 
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
+
+bench-memory: install ## Peak memory of distill and index at 10k, 100k and 400k made-up rows
+	$(BIN)/python -m jobs.bench_memory
 
 bench-duplicates: install ## Time and memory of the search for near duplicates and leakage, 10k and 100k made-up rows
 	$(BIN)/python -m jobs.bench_duplicates

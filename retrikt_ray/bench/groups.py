@@ -12,6 +12,8 @@
   kind_static    RetriKT with a student that sees no word order
   size_*         RetriKT with a student of another size (percent of the teacher)
   store_*        RetriKT on a part of the store (percent of the rows that are not the task's)
+  model          RetriKT whose student is the pre-trained encoder that the annotator began as, whatever its size: what being tiny costs.
+                 Hours on a CPU, so only where a bench's `groups` names it
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from retrikt_ray.report import systems
 from retrikt_ray.report.baselines import System, linear, tfidf
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.remade import Remade
+from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import Text
 
 Systems = dict[str, System]
@@ -97,6 +100,13 @@ def other(name: str, change: dict[str, Any], material: Material) -> Systems:
     return {name: System(made.answer, made.student.model.parameter_count)}
 
 
+def model(material: Material) -> Systems:
+    encoder = (material.inputs["teacher"] / "classifier").read_json("classifier.json")["kind"]
+    if encoder in ("prompt", "base"):
+        raise ConfigError(f"groups: `model` needs a pre-trained encoder as teach.annotator; found {encoder!r}")
+    return other("model", {"model": encoder, "epochs": 3}, material)
+
+
 def part(name: str, fraction: float, material: Material) -> Systems:
     return {name: systems.part_of_store(material, fraction)[0]}
 
@@ -114,4 +124,6 @@ GROUPS: dict[str, Callable[[Material], Systems]] = {
     "size_4": partial(other, "size_4", {"size": 0.04}),
     "store_10": partial(part, "store_10", 0.1),
     "store_30": partial(part, "store_30", 0.3),
+    "model": model,
 }
+SLOW = {"model"}

@@ -192,6 +192,7 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "rl": learning_curves(inputs["policy"]),
         "store_size": [*sizes, {"rows": kept, "score": systems["retrikt"]["score"]["mean"]}],
         "mixture": inputs["index"].read_json("mixture.json"),
+        "unseen": inputs["index"].read_json("unseen.json"),
         "reliability": bins,
         "ece": error,
         "seconds": {manifest.stage: manifest.seconds for manifest in stages},
