@@ -76,7 +76,6 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
         },
         "reinforce": {"steps": min(config.reinforce.steps, 4)},
         "generate": {"rows": rows, "max_tokens": 0, "max_seconds": 0, "max_cost": 0},
-        "annotate": {},
         "distill": {"epochs": min(config.distill.epochs, -(-STUDENT_STEPS * config.distill.batch // (rows + train)))},
     }
     sections = {name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}

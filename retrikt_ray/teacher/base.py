@@ -59,8 +59,10 @@ def read_tokenizer(name: str, eos: int | list[int] | None, chat: Chat) -> tuple[
 
 def read_tensor(path: str, key: str) -> Tensor:
     """One tensor of a checkpoint in safetensors: a local folder or a hub id. Old files may leave out the first part of its name."""
-    index = cached_file(path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    files = json.loads(Path(index).read_text())["weight_map"] if index else {}
+    try:
+        files = json.loads(Path(str(cached_file(path, "model.safetensors.index.json"))).read_text())["weight_map"]
+    except OSError:  # it is in one file
+        files = {}
     names = [key, key.partition(".")[2]]
     file = next((files[name] for name in names if name in files), "model.safetensors")
     with safe_open(str(cached_file(path, file)), "pt") as tensors:
@@ -126,15 +128,15 @@ class Base:
         return min(self.stops) if self.tokenizer.eos_token_id is None else int(self.tokenizer.eos_token_id)
 
     @cached_property
-    def breaks(self) -> frozenset[int]:
-        """Tokens with a line end in them."""
-        pieces = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        return frozenset(i for i, piece in enumerate(pieces) if "\n" in piece)
+    def pieces(self) -> list[str]:
+        """Each token as it stands in a text; nothing, where it is a special one."""
+        rows = [[i] for i in range(self.embed.weight.shape[0])]
+        return list(self.tokenizer.batch_decode(rows, skip_special_tokens=True))
 
     @cached_property
-    def starts(self) -> list[str]:
-        """What kind of start each token would be for a text: `start_of` the token."""
-        return [start_of(piece) for piece in self.tokenizer.batch_decode([[i] for i in range(self.embed.weight.shape[0])])]
+    def breaks(self) -> frozenset[int]:
+        """Tokens with a line end in them."""
+        return frozenset(i for i, piece in enumerate(self.pieces) if "\n" in piece)
 
     def ends(self, ids: list[int], lines: int) -> bool:
         """Whether a text of these tokens is complete: ended by the model, or after so many lines; empty ones in front do not count."""

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from retrikt_ray.teacher.base import Base
-from retrikt_ray.teacher.prefix import Prefix
+from retrikt_ray.teacher.prefix import Prefix, places_of
 from retrikt_ray.teacher.sampling import Sampling, draw, uniforms
 
 ATTENTION = "retrikt_decode"
@@ -69,7 +69,7 @@ class Slots:
             raise Unshared("it does not keep keys and values of all places alone")
         self.base, self.prefix, self.steps, self.conditions = base, prefix, steps, conditions
         self.lengths = torch.zeros(len(conditions), dtype=torch.long, device=base.device)  # tokens fed so far
-        self.before = prefix.mask.sum(1)
+        self.before, self.used = prefix.mask.sum(1), list[int]()
         self.layers: list[Any] = [TextLayer(self, *layer) for layer in prefix.layers]
         self.cache = Cache(layers=self.layers)
         self.group()
@@ -103,8 +103,10 @@ class Slots:
         self.pick = torch.tensor([s for group in groups for s in group + group[:1] * (most - len(group))], device=device)  # (G m,)
         place = {s: g * most + i for g, group in enumerate(groups) for i, s in enumerate(group)}
         self.place = torch.tensor([place[s] for s in range(self.count)], device=device)  # (B,)
-        chosen = torch.tensor(used, device=device)
         self.offsets = self.before[torch.tensor(self.conditions, device=device)]
+        if used == self.used:
+            return
+        self.used, chosen = used, torch.tensor(used, device=device)
         self.fronts = [(keys[chosen], values[chosen]) for keys, values in self.prefix.layers or []]  # (G, H, P, D)
         self.front_mask = penalty(self.prefix.mask[chosen] == 0, self.fronts[0][0].dtype)[:, None, None]  # (G, 1, 1, P)
 
@@ -134,9 +136,8 @@ class Slots:
             use_cache=True,
             slots=self,
         )
-        self.lengths = (self.lengths + 1).clamp(
-            max=self.steps - 1
-        )  # an ended slot without a successor is fed on; what it says is not heard
+        # An ended slot without a successor is fed on; what it says is not heard.
+        self.lengths = (self.lengths + 1).clamp(max=self.steps - 1)
         return out.logits[:, -1].float()
 
 
@@ -204,7 +205,7 @@ def check(base: Base, prefix: Prefix) -> None:
     tokens = torch.stack([first, first.flip(0)], 1)  # (B, 2)
     mask = torch.cat([prefix.mask[rows], torch.ones_like(tokens)], 1)
     embeds = torch.cat([prefix.embeds[rows], base.embed(tokens).to(prefix.embeds.dtype)], 1)
-    wanted = base.model(inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False)
+    wanted = base.model(inputs_embeds=embeds, attention_mask=mask, position_ids=places_of(mask), use_cache=False)
     with attending(base.model):
         slots = Slots(base, prefix, rows, 2)
         got = torch.stack([slots.step(column) for column in tokens.unbind(1)], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from transformers import LogitsProcessorList
 
 from retrikt_ray.teacher import decode
 from retrikt_ray.teacher.base import Base
-from retrikt_ray.teacher.prefix import Prefix
+from retrikt_ray.teacher.prefix import Prefix, places_of
 from retrikt_ray.teacher.sampling import Draw, Sampling, uniforms
 
 log = logging.getLogger(__name__)
@@ -22,20 +23,14 @@ def score(base: Base, prefix: Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -
     rows: (B,) condition of each text; ids, mask: (B, T) right-padded. Returns (B, T, V) and (B, T, d), float32.
     """
     before = prefix.mask[rows]
-    shared = prefix.layers is not None
-    seen = ids if shared else None
-    embeds = None if shared else torch.cat([prefix.embeds.index_select(0, rows), base.embed(ids).to(prefix.embeds.dtype)], 1)
     places = before.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)[None]
-    if not shared:
-        places = torch.cat([(before.cumsum(1) - 1).clamp(min=0), places], 1)
-    out, states = base(
-        input_ids=seen,
-        inputs_embeds=embeds,
-        attention_mask=torch.cat([before, mask], 1),
-        position_ids=places,
-        past_key_values=prefix.gather(rows) if shared else None,
-        use_cache=shared,
-    )
+    inputs: dict[str, Any] = {"attention_mask": torch.cat([before, mask], 1)}
+    if prefix.layers is not None:
+        inputs |= {"input_ids": ids, "position_ids": places, "past_key_values": prefix.gather(rows), "use_cache": True}
+    else:  # the prefix is read anew for each text
+        embeds = torch.cat([prefix.embeds.index_select(0, rows), base.embed(ids).to(prefix.embeds.dtype)], 1)
+        inputs |= {"inputs_embeds": embeds, "position_ids": torch.cat([places_of(before), places], 1), "use_cache": False}
+    out, states = base(**inputs)
     logits, hidden = out.logits[:, -ids.shape[1] : -1].float(), states[:, -ids.shape[1] : -1].float()
     logits = torch.cat([prefix.last_logits.index_select(0, rows)[:, None], logits], 1)
     hidden = torch.cat([prefix.last_hidden.index_select(0, rows)[:, None], hidden], 1)

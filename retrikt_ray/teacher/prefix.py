@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from retrikt_ray.teacher.base import Base
+from retrikt_ray.teacher.base import Base, start_of
 
 
 @dataclass
@@ -54,13 +54,16 @@ def run_prefix(base: Base, soft: Tensor, templates: list[str]) -> Prefix:
     width = max(len(r) for r in rows)
     embeds = torch.stack([torch.nn.functional.pad(r, (0, 0, width - len(r), 0)) for r in rows])  # (C, P, d)
     mask = torch.zeros((len(rows), width), dtype=torch.long, device=base.device)
-    places = torch.zeros_like(mask)
     for i, row in enumerate(rows):
         mask[i, width - len(row) :] = 1
-        places[i, width - len(row) :] = torch.arange(len(row), device=base.device)
     # The last place alone meets the vocabulary: with 150 conditions and 152,000 tokens all places would be gigabytes.
-    out, hidden = base(inputs_embeds=embeds, attention_mask=mask, position_ids=places, use_cache=True, logits_to_keep=1)
+    out, hidden = base(inputs_embeds=embeds, attention_mask=mask, position_ids=places_of(mask), use_cache=True, logits_to_keep=1)
     return Prefix(embeds, mask, plain_layers(out, width), out.logits[:, -1].float(), hidden[:, -1].float())
+
+
+def places_of(mask: Tensor) -> Tensor:
+    """Position of each token in its row, which begins behind the pads. mask: (B, P)"""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def plain_layers(out: Any, width: int) -> list[tuple[Tensor, Tensor]] | None:
@@ -76,10 +79,11 @@ def begin_like(base: Base, prefix: Prefix, starts: dict[str, int], temperature: 
     starts: labelled rows by `start_of`. A kind that none of them has keeps as much probability as one row shared out by the model's own. Within a
     kind the model chooses. So few rows do not teach a prompt the first token, and what it takes from the base's corpus (dialogue, headings) would stay.
     """
-    kinds = sorted(set(base.starts))
-    kind = torch.tensor([kinds.index(start) for start in base.starts], device=prefix.last_logits.device)
+    begun = [start_of(piece) for piece in base.pieces]
+    kinds = sorted(set(begun))
+    kind = torch.tensor([kinds.index(start) for start in begun], device=prefix.last_logits.device)
     probs = torch.softmax(prefix.last_logits.double() / temperature, -1)  # (C, V)
-    own = torch.zeros((len(probs), len(kinds)), dtype=probs.dtype, device=probs.device).index_add_(1, kind, probs)
+    own = torch.zeros((len(probs), len(kinds)), dtype=probs.dtype, device=probs.device).index_add_(1, kind, probs).clamp(min=1e-30)
     counts = torch.tensor([starts.get(name, 0) for name in kinds], dtype=probs.dtype, device=probs.device)
     wanted = (counts + own) / (counts.sum() + 1)
     logits = prefix.last_logits + temperature * (wanted.log() - own.log()).index_select(1, kind).float()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from making.autoscaling import free_ports
+from making.ports import free_ports
 
 SETTINGS = {"RAY_AUTH_MODE": "disabled", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 

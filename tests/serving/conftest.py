@@ -1,15 +1,23 @@
-"""A replica without a model, and what replicas log."""
+"""A run, a replica without a model, and what replicas log."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from making.serving_local import Local
 from making.serving_stub import LIMITS, Stub
+from making.tiny_run import make_run
 
 from retrikt_ray.serving.routes import build_api
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """A run of its own for each test, to be edited."""
+    return str(make_run(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")

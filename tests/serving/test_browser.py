@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
 from making.serving_local import listening, replica
@@ -18,9 +19,8 @@ from making.tiny_run import make_run
 from retrikt_ray.serving.app import free_port
 from retrikt_ray.serving.routes import build_api
 
-aiohttp = pytest.importorskip("aiohttp")
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")]
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+pytestmark = pytest.mark.slow
 KEY = "write-key-of-20-chars"
 
 
@@ -64,10 +64,12 @@ class Page:
 
 @pytest.fixture(scope="module")
 def browse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Callable[[Page], Awaitable[None]]], None]]:
-    """Runs a coroutine with a fresh browser's page."""
+    """Runs a coroutine with a fresh browser's page. Without a browser the tests fail: nothing else shows that the page works."""
+    browser = next(filter(None, map(shutil.which, NAMES)), None)
+    assert browser, f"these tests need a browser: install one of {', '.join(NAMES)}"
     port, home = free_port(), tmp_path_factory.mktemp("browser")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--remote-debugging-port={port}", f"--user-data-dir={home}", "about:blank"]
-    process = subprocess.Popen([str(BROWSER), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([browser, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     async def work(use: Callable[[Page], Awaitable[None]]) -> None:
         tabs: Any = []

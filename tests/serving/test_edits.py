@@ -9,17 +9,11 @@ from typing import Any
 
 import pytest
 from making.serving_local import Replica, close_to, named, replica, scores
-from making.tiny_run import make_run
 
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
 
 QUERY = "a zebra film"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> str:
-    return str(make_run(tmp_path / "run"))
 
 
 @pytest.fixture

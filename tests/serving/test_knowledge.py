@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from making.serving_local import JSON, Local, Replica, close_to, replica, scores
-from making.tiny_run import TEXTS, make_run
+from making.tiny_run import TEXTS
 
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.serving.routes import build_api
 
 QUERY = "a zebra film"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> str:
-    return str(make_run(tmp_path / "run"))
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_ended_texts_make_room(slots: int, tiny_lm: str) -> None:
         assert sum(fed) <= 1.5 * sum(len(ids) - 1 for ids in alone)
 
 
-def test_one_token_and_no_rows(tiny_lm: str) -> None:
+def test_one_token(tiny_lm: str) -> None:
     base = Base.load(tiny_lm, "float32")
     prefix = prefix_of(base)
     assert [len(ids) for ids in lm.sample(base, prefix, torch.tensor([0, 1]), [1, 2], 1, Sampling(), 1)] == [1, 1]
