@@ -6,7 +6,7 @@
   tfidf_small    TF-IDF on the store with as many numbers as the student has parameters
   static_lr      like model2vec: averages of the teacher's token vectors (256 dimensions), logistic regression on the store
   setfit         like SetFit: the teacher's own embeddings, logistic regression on the store; not tiny, an upper reference
-  no_*           RetriKT without one of its voices
+  no_*           RetriKT without one of its voices; `no_prior`: without the class frequencies of validation
   gold_fit       the mixture fitted on the validation rows alone
   loss_*         RetriKT whose student is trained without one of its losses
   kind_static    RetriKT with a student that sees no word order
@@ -66,6 +66,7 @@ def whole(material: Material) -> Systems:
     size, words = made.student.model.parameter_count, systems.tfidf_store(material)
     mixtures = {"retrikt": made.mixture, "student_kd_store": ALONE}
     mixtures |= {f"no_{name}": made.fitted([n for n in NAMES if n != name]) for name in NAMES}
+    mixtures["no_prior"] = made.fitted(prior=False)
     mixtures["gold_fit"] = made.fitted(rows=len(material.split("validation")[0]))
     found = {name: System(partial(made.answer, mixture=m), size) for name, m in mixtures.items()} | {"tfidf_store": words}
     student = found["student_kd_store"].answer

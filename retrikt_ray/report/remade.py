@@ -62,12 +62,12 @@ class Remade:
         """Of positions and scores."""
         return Votes(found[1], self.labels[found[0]])
 
-    def fitted(self, names: Sequence[str] = NAMES, rows: int | None = None) -> Mixture:
-        """The mixture of some of the voices, fitted on the first of the unseen rows; None: on all."""
+    def fitted(self, names: Sequence[str] = NAMES, rows: int | None = None, prior: bool = True) -> Mixture:
+        """The mixture of some of the voices, fitted on the first of the unseen rows; None: on all. prior: whether class frequencies may count."""
         answers, dense, lexical, (said, found) = self.heard
         dense, lexical = (Votes(v.scores[:rows], v.labels[:rows]) for v in (dense, lexical))
         heard = answers[:rows], dense, lexical, (said[:rows], found[:rows])
-        return fit_mixture(self.unseen.targets[:rows], *heard, names, self.unseen.gold)
+        return fit_mixture(self.unseen.targets[:rows], *heard, names, self.unseen.gold if prior else 0)
 
     def answer(self, texts: list[Text], mixture: Mixture | None = None) -> np.ndarray:
         """As `Predictor.answer`: voices without a weight are not asked."""
