@@ -305,8 +305,8 @@ def test_weights_in_regression_are_the_best_of_those_that_sum_to_1() -> None:
 
 def test_pays() -> None:
     two, one = np.array([0.0, 2.0, 0.0, 2.0]), np.array([-1.0, 3.0, -1.0, 3.0])  # mean 1; standard error 1/2, and 1
-    assert pays("dense", two) and pays("ngrams", two) and not pays("dense", one)
-    assert not pays("lexical", two)  # costs more time than all others: 3 standard errors
+    assert pays("student", two) and pays("ngrams", two) and not pays("ngrams", one)
+    assert not pays("lexical", two) and not pays("dense", two)  # each costs more time than all others: 3 standard errors
     assert pays("lexical", np.array([0.5, 1.5, 0.5, 1.5])) and not pays("ngrams", np.zeros(4)) and not pays("ngrams", -two)
 
 
