@@ -68,9 +68,10 @@ def fit_on_unseen(
     found = Searcher.unsealed(folder, join=False).search(vectors, MOST, others), Lexical.unsealed(folder).search(texts, MOST, others)
     dense, lexical = (Votes(scores, labels_at(inputs["store"], positions)) for positions, scores in found)
     ngrams = memory.answers(texts)
-    mixture = fit_mixture(targets, answers, dense, lexical, ngrams, names, len(table))
+    heard = targets, answers, dense, lexical, ngrams
+    mixture, alone = (fit_mixture(*heard, some, gold=len(table)) for some in (names, ("student",)))
     mixed = mix(answers, voices_of(dense, lexical, ngrams, mixture), mixture)
-    return mixture, compared(targets, mixed, answers) | {"gold": len(table)}
+    return mixture, compared(targets, mixed, mix(answers, {}, alone)) | {"gold": len(table)}
 
 
 def labels_at(store: Folder, positions: np.ndarray) -> np.ndarray:
@@ -87,8 +88,8 @@ def labels_at(store: Folder, positions: np.ndarray) -> np.ndarray:
 
 
 def compared(targets: np.ndarray, mixed: np.ndarray, alone: np.ndarray) -> dict[str, Any]:
-    """How the mixture and the student alone do on rows that neither has learnt from: losses, and the first's advantage with half of its 95 %
-    interval, in decisions as labelled (in regression in the loss). All (Q, C).
+    """How the mixture and the student as it would be served alone do on rows that neither has learnt from: losses, and the first's advantage with
+    half of its 95 % interval, in decisions as labelled (in regression in the loss). All (Q, C).
     """
     both = [losses(answers, targets) for answers in (mixed, alone)]
     gain = both[1] - both[0]

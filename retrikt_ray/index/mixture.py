@@ -20,7 +20,10 @@ KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
 NAMES = ("student", "dense", "lexical", "ngrams")
-DOUBT = {"dense": 3.0, "lexical": 3.0}  # standard errors that a voice must gain, else 1: either search takes longer than all else in an answer
+DOUBT = {
+    "dense": 3.0,
+    "lexical": 3.0,
+}  # standard errors that a voice must gain, else 1: either search takes longer than all else in an answer
 
 
 @dataclass(frozen=True)
