@@ -279,7 +279,7 @@ def test_info(tmp_path: Path) -> None:
             "ngrams": 52,
             "numbers": 54,
         },  # the twelve rows' words and pairs; a weight each, as one of two labels is 0, and two biases
-        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "ngrams": 0.6}
+        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "ngrams": 0.6, "prior": []}
         | {"k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 2.0},
     }
 
