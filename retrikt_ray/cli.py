@@ -138,11 +138,15 @@ def bench(config: str, overrides: tuple[str, ...], out: str) -> None:
     """Compare systems over tasks and seeds; what is measured is not measured again."""
     from retrikt_ray.bench import settings
     from retrikt_ray.bench.bench import bench as run_bench
+    from retrikt_ray.bench.plots import plots
     from retrikt_ray.bench.table import markdown_all
     from retrikt_ray.runtime.folders import Folder
 
-    text = markdown_all(run_bench(settings.load(config, overrides), out))
+    cells = run_bench(settings.load(config, overrides), out)
+    text = markdown_all(cells)
     Folder.at(out).write_bytes("bench.md", text.encode())
+    for name, plot in plots(cells).items():
+        (Folder.at(out) / "plots").write_bytes(f"{name}.svg", plot.encode())
     click.echo(text)
 
 

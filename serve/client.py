@@ -79,7 +79,7 @@ class Explanation(TypedDict):
     neighbours: list[Neighbour]
     lexical_neighbours: list[Neighbour]
     ngrams: list[Spoken]  # those that say most, strongest first
-    mixture: dict[str, float]  # weights of the student and the votes, and how rows vote
+    mixture: dict[str, float | list[float]]  # weights of the student and the votes, how rows vote, and what class frequencies add
 
 
 class ServerError(Exception):

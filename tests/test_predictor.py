@@ -13,7 +13,7 @@ import pytest
 from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray.index.mixture import NAMES, Mixture
-from retrikt_ray.index.ngrams import Memory, Spoken, pair_keys, word_key
+from retrikt_ray.index.ngrams import Memory, Spoken, keys_of, pair_keys, word_key
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Neighbour
@@ -179,10 +179,14 @@ def test_ngrams_of_a_pair_in_regression(tmp_path: Path) -> None:
     predictor = Predictor.open(make_run(tmp_path, pair=True, regression=True))
     found = predictor.predict(("warm", "weak"))
     memory, said = predictor.knowledge.view.ngrams, {s.ngram: s.weight for s in found.ngrams[0]}
-    assert said.keys() == {"warm", "weak"}
-    # What parts the texts of a pair is an n-gram, too, and "warm" ends one of the store's first texts: four are known.
-    alone = {ngram: memory.dense(memory.find(np.array([word_key(ngram)], np.uint64)))[0, 0] for ngram in said}
-    assert said == {ngram: pytest.approx(weight / 2, abs=1e-9) for ngram, weight in alone.items()}
+    alone = {"warm (in the first alone)", "weak (in the second alone)", *(f"0 of 10 words of the {n} in both" for n in ("first", "second"))}
+    assert said.keys() == {"warm", "weak"} | alone
+    # What parts the texts of a pair is an n-gram, too, and "warm" ends one of the store's first texts.
+    known = (memory.find(keys_of([("warm", "weak")])[0]) >= 0).sum()
+    assert known == 4 + 4
+    for word in ("warm", "weak"):
+        weight = memory.dense(memory.find(np.array([word_key(word)], np.uint64)))[0, 0]
+        assert said[word] == pytest.approx(weight / known**0.5, abs=1e-9)
 
 
 def test_predict_takes_what_a_person_means(tmp_path: Path) -> None:
@@ -275,7 +279,7 @@ def test_info(tmp_path: Path) -> None:
             "ngrams": 52,
             "numbers": 54,
         },  # the twelve rows' words and pairs; a weight each, as one of two labels is 0, and two biases
-        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "ngrams": 0.6}
+        "mixture": {"student": 0.7, "dense": 0.2, "lexical": 0.1, "ngrams": 0.6, "prior": []}
         | {"k": 16, "tau": 0.05, "lexical_k": 8, "lexical_tau": 2.0},
     }
 

@@ -22,7 +22,7 @@ from retrikt_ray.runtime.folders import Folder, digest
 from retrikt_ray.runtime.progress import console
 from retrikt_ray.runtime.settings import Scaled
 
-VERSION = 2  # raise when a baseline would score otherwise on the same store
+VERSION = 3  # raise when a baseline would score otherwise on the same store
 STAGES = ("prepare", "teach", "reinforce", "generate", "harvest", "annotate")
 INPUTS = ("task", "teacher", "store")
 SOURCES: dict[str, tuple[str, ...]] = {  # of the store's rows, by protocol

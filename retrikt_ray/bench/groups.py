@@ -6,12 +6,14 @@
   tfidf_small    TF-IDF on the store with as many numbers as the student has parameters
   static_lr      like model2vec: averages of the teacher's token vectors (256 dimensions), logistic regression on the store
   setfit         like SetFit: the teacher's own embeddings, logistic regression on the store; not tiny, an upper reference
-  no_*           RetriKT without one of its voices
+  no_*           RetriKT without one of its voices; `no_prior`: without the class frequencies of validation
   gold_fit       the mixture fitted on the validation rows alone
   loss_*         RetriKT whose student is trained without one of its losses
   kind_static    RetriKT with a student that sees no word order
   size_*         RetriKT with a student of another size (percent of the teacher)
   store_*        RetriKT on a part of the store (percent of the rows that are not the task's)
+  model          RetriKT whose student is the pre-trained encoder that the annotator began as, whatever its size: what being tiny costs.
+                 Hours on a CPU, so only where a bench's `groups` names it
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from retrikt_ray.report import systems
 from retrikt_ray.report.baselines import System, linear, tfidf
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.remade import Remade
+from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import Text
 
 Systems = dict[str, System]
@@ -63,6 +66,7 @@ def whole(material: Material) -> Systems:
     size, words = made.student.model.parameter_count, systems.tfidf_store(material)
     mixtures = {"retrikt": made.mixture, "student_kd_store": ALONE}
     mixtures |= {f"no_{name}": made.fitted([n for n in NAMES if n != name]) for name in NAMES}
+    mixtures["no_prior"] = made.fitted(prior=False)
     mixtures["gold_fit"] = made.fitted(rows=len(material.split("validation")[0]))
     found = {name: System(partial(made.answer, mixture=m), size) for name, m in mixtures.items()} | {"tfidf_store": words}
     student = found["student_kd_store"].answer
@@ -97,6 +101,13 @@ def other(name: str, change: dict[str, Any], material: Material) -> Systems:
     return {name: System(made.answer, made.student.model.parameter_count)}
 
 
+def model(material: Material) -> Systems:
+    encoder = (material.inputs["teacher"] / "classifier").read_json("classifier.json")["kind"]
+    if encoder in ("prompt", "base"):
+        raise ConfigError(f"groups: `model` needs a pre-trained encoder as teach.annotator; found {encoder!r}")
+    return other("model", {"model": encoder, "epochs": 3}, material)
+
+
 def part(name: str, fraction: float, material: Material) -> Systems:
     return {name: systems.part_of_store(material, fraction)[0]}
 
@@ -114,4 +125,6 @@ GROUPS: dict[str, Callable[[Material], Systems]] = {
     "size_4": partial(other, "size_4", {"size": 0.04}),
     "store_10": partial(part, "store_10", 0.1),
     "store_30": partial(part, "store_30", 0.3),
+    "model": model,
 }
+SLOW = {"model"}

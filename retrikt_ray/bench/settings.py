@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from retrikt_ray.bench.groups import GROUPS
+from retrikt_ray.bench.groups import GROUPS, SLOW
 from retrikt_ray.config import RunConfig, mapping
 from retrikt_ray.runtime.settings import ConfigError, Section, explain
 
@@ -24,7 +24,9 @@ class BenchConfig(Section):
         ["generated", "unlabelled"],
         description="Which rows of a store count beside the labelled ones: generated ones, these and the task's unlabelled texts, passages of a corpus, or these and generated ones.",
     )
-    groups: list[str] = Field([*GROUPS], description="What is compared; default everything.")
+    groups: list[str] = Field(
+        [name for name in GROUPS if name not in SLOW], description="What is compared; default everything but `model`."
+    )
 
     @field_validator("groups")
     @classmethod

@@ -30,6 +30,8 @@ UNSPACED = (
 WORD = rf"[{UNSPACED}]|[^\W{UNSPACED}]+"
 MARKED = re.compile(rf"{WORD}|[^\w\s]")  # words and marks
 BETWEEN = "\x1f"
+SHARES = 10
+GRID, WEIGHT = 2048, 8.0  # steps of a unit vector's components; weight of a pair's shares
 SHOWN = 5
 
 
@@ -75,7 +77,7 @@ class Model:
             if m[name] and answer is not None:
                 total = total + m[name] * self.scaled(answer)
                 left -= m[name]
-        total = total + left * self.scaled(own)
+        total = total + left * self.scaled(own) + np.array(m["prior"] or 0.0)
         answer = softmax(total) if len(total) > 1 else total
         told = self.told.get(folded(text))
         if told is not None:  # a row that somebody added is this text word for word
@@ -98,15 +100,42 @@ class Model:
         vector = sides[0]
         if self.card["pair"]:
             a, b = sides
-            vector = np.concatenate([a, b, np.abs(a - b), a * b])
+            vector = np.concatenate([a, b, np.abs(a - b), a * b, self.compared(text)])
         logits = self.w["head"] @ vector + self.w["head_bias"]
         answer = softmax(logits) if len(logits) > 1 else logits * self.card["scale"] + self.card["shift"]
         return answer.astype(np.float64), vector / max(float(np.linalg.norm(vector)), 1e-12)
 
+    def tokens(self, text: str) -> Any:
+        """Token ids of a text, and their rows in the student's table."""
+        ids: Any = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.card["max_tokens"]]
+        return np.array(ids, np.int64), self.w["token_map"][ids] if ids else np.zeros(0, np.int64)
+
+    def compared(self, text: Any) -> Any:
+        """What each text of a pair lacks of the other."""
+        (a_ids, a), (b_ids, b) = (self.tokens(part or "") for part in text)
+        similar = np.zeros((len(a), len(b)), np.float32)
+        if similar.size:
+            whole = [
+                np.round(e / np.maximum(np.linalg.norm(e, axis=1, keepdims=True), 1e-12) * GRID)
+                for e in (self.w["embedding"][a], self.w["embedding"][b])
+            ]
+            similar = np.clip(whole[0] @ whole[1].T / GRID**2, 0, 1)
+        same = a_ids[:, None] == b_ids[None]
+        similar[same] = 1
+        return np.concatenate(
+            [self.matched(a, similar.max(1, initial=0), same.any(1)), self.matched(b, similar.max(0, initial=0), same.any(0))]
+        )
+
+    def matched(self, rows: Any, best: Any, same: Any) -> Any:
+        """The mean of one text's unmatched tokens; the share that is matched, and by the same token; the largest and the weightiest miss."""
+        embedded, weights = self.w["embedding"][rows], np.exp(self.w["importance"][rows])
+        total, missed = max(float(weights.sum()), 1e-6), weights * (1 - best)
+        figures = [(weights * best).sum() / total, (weights * same).sum() / total, (1 - best).max(initial=0), missed.max(initial=0)]
+        return np.concatenate([(embedded * missed[:, None]).sum(0) / total, np.array(figures, np.float32) * WEIGHT])
+
     def side(self, text: str) -> Any:
         """What the student makes of one text."""
-        ids: Any = self.tokenizer.encode(text, add_special_tokens=False).ids[: self.card["max_tokens"]]
-        ids = self.w["token_map"][ids] if ids else np.zeros(0, np.int64)
+        _, ids = self.tokens(text)
         embedded, weights = self.w["embedding"][ids], np.exp(self.w["importance"][ids])
         mean = (embedded * weights[:, None]).sum(0) / max(float(weights.sum()), 1e-6)
         if "filters" not in self.w:
@@ -134,13 +163,13 @@ class Model:
     def spoken(self, text: Any) -> Any:
         """(n-gram, its place in the table) of a text's n-grams that are known."""
         words = MARKED.findall(text[0].lower()) + ([BETWEEN, *MARKED.findall(text[1].lower())] if text[1] else [])
-        keys = np.array([int.from_bytes(blake2b(w.encode(), digest_size=8).digest(), "little") for w in words], np.uint64)
+        keys = np.array([key_of(w) for w in words], np.uint64)
         first, second = keys[:-1], keys[1:]
         mixed = first * np.uint64(0x9E3779B97F4A7C15) + second
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         pairs = mixed ^ (mixed >> np.uint64(31))
         names = dict(zip(pairs.tolist(), (f"{a} {b}" for a, b in pairwise(words)), strict=True))
-        names |= dict(zip(keys.tolist(), words, strict=True))
+        names |= dict(zip(keys.tolist(), words, strict=True)) | {key_of(w): read for w, read in crossed(text).items()}
         table, wanted = self.w["ngram_keys"], np.array(sorted(names), np.uint64)
         at = np.minimum(np.searchsorted(table, wanted), max(len(table) - 1, 0))
         return [(names[int(k)], int(i)) for k, i in zip(wanted, at, strict=True) if len(table) and table[i] == k]
@@ -191,6 +220,24 @@ class Model:
         best = np.argsort(-scores, kind="stable")[:k]
         best = best[scores[best] > 0]
         return best.tolist(), scores[best]
+
+
+def key_of(word: str) -> int:
+    return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "little")
+
+
+def crossed(text: Any) -> Any:
+    """What the texts of a pair have in common, as words of their own, each with how it reads."""
+    if not text[1]:
+        return {}
+    first, second = (set(MARKED.findall(part.lower())) for part in text)
+    both = first & second
+    found = {f"{BETWEEN}={w}": f"{w} (in both)" for w in both}
+    for mark, side, name in (("<", first, "first"), (">", second, "second")):
+        found |= {f"{BETWEEN}{mark}{w}": f"{w} (in the {name} alone)" for w in side - both}
+        share = SHARES * len(both) // max(1, len(side))
+        found[f"{BETWEEN}{mark}{BETWEEN}{share}"] = f"{share} of {SHARES} words of the {name} in both"
+    return found
 
 
 def folded(text: Any) -> Any:

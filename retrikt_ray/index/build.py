@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +50,11 @@ class IndexConfig(Scaled):
         0,
         ge=0,
         description="Lists that an IVF search visits (candidates of an HNSW search). 0: the fewest within a point of the best measured recall.",
+    )
+    voices: list[Literal["student", "dense", "lexical", "ngrams"]] = Field(
+        ["student", "dense", "lexical", "ngrams"],
+        min_length=1,
+        description="Who may speak in an answer, where it lowers the loss on rows that nothing was trained on. [student]: the student alone, the quickest.",
     )
 
 

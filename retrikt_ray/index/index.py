@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import learn
 from retrikt_ray.index.lexical import Lexical
-from retrikt_ray.index.mixture import MOST, NAMES, Votes, fit_mixture
+from retrikt_ray.index.mixture import MOST, NAMES, Mixture, Votes, fit_mixture, mix, voices_of
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
 from retrikt_ray.index.vectors import StudentVectors, validation_vectors
 from retrikt_ray.runtime.cluster import each, plan
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.rows import read_labels
-from retrikt_ray.task.metrics import one_hot
+from retrikt_ray.runtime.tables import Source, matrix
+from retrikt_ray.task.metrics import losses, one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 5
+VERSION = 6
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, ngrams.arrow, index.json, mixture.json.
+    """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, ngrams.arrow, index.json, mixture.json, unseen.json.
 
     1. Learn the n-grams, with and without the held-out rows.  2. Build over the store.  3. Fit the mixture on what nothing has learnt from.
     """
@@ -38,24 +40,67 @@ def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder]
     queries = each(validation_vectors, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0]
     card = build_index(config, inputs["store"], inputs["student"], folder, queries, seed=seed, workers=workers, memory=memory)
     # 3. the mixture
-    fitted = each(fit_on_unseen, [(inputs, folder, held, without, workers.threads)], workers, "index: mixture")[0]
-    folder.write_json("mixture.json", fitted)
+    call = (inputs, folder, held, without, config.voices, workers.threads)
+    mixture, unseen = each(fit_on_unseen, [call], workers, "index: mixture")[0]
+    folder.write_json("mixture.json", asdict(mixture))
+    folder.write_json("unseen.json", unseen)
     measured = {"recall_at_10": card["recall"]["value"]} if card["recall"] else {}
-    shown = {k: fitted[k] for k in NAMES}
+    shown = {k: getattr(mixture, k) for k in NAMES}
     return {"rows": card["rows"], "chosen": card["why"], "shards": len(card["shards"])} | measured | shown
 
 
-def fit_on_unseen(inputs: dict[str, Folder], folder: Folder, held: np.ndarray, memory: Memory, threads: int) -> dict[str, Any]:
-    """Fit the mixture on the validation rows and on the held-out rows of the store, which their neighbours are found without (a Ray task)."""
+def fit_on_unseen(
+    inputs: dict[str, Folder], folder: Folder, held: np.ndarray, memory: Memory, names: Sequence[str], threads: int
+) -> tuple[Mixture, dict[str, Any]]:
+    """Fit the mixture on the validation rows and on the held-out rows of the store, which their neighbours are found without (a Ray task).
+
+    Returns it with `compared`'s figures.
+    """
     from retrikt_ray.student.rows import StoreRows
 
-    labels = read_labels(inputs["store"])
     table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
-    texts: list[Text] = texts_of(table) + StoreRows(inputs["store"], held).take(list(range(len(held)))).texts
-    targets = np.concatenate([one_hot(np.array(table["value"].to_pylist()), labels.shape[1]), labels[held]])
+    rows = StoreRows(inputs["store"], held).take(list(range(len(held))))
+    texts: list[Text] = texts_of(table) + rows.texts
+    targets = np.concatenate([one_hot(np.array(table["value"].to_pylist()), rows.teacher.shape[1]), rows.teacher.numpy()])
     answers, vectors = (x.numpy() for x in StudentVectors(inputs["student"], 0, threads).load()[0].encode(texts))
-    others = np.ones(len(labels), bool)
+    others = np.ones(Source.of(inputs["store"]).rows, bool)
     others[held] = False
     found = Searcher.unsealed(folder, join=False).search(vectors, MOST, others), Lexical.unsealed(folder).search(texts, MOST, others)
-    dense, lexical = (Votes(scores, labels[positions]) for positions, scores in found)
-    return asdict(fit_mixture(targets, answers, dense, lexical, memory.answers(texts)))
+    dense, lexical = (Votes(scores, labels_at(inputs["store"], positions)) for positions, scores in found)
+    ngrams = memory.answers(texts)
+    heard = targets, answers, dense, lexical, ngrams
+    mixture, alone = (fit_mixture(*heard, some, gold=len(table)) for some in (names, ("student",)))
+    mixed = mix(answers, voices_of(dense, lexical, ngrams, mixture), mixture)
+    return mixture, compared(targets, mixed, mix(answers, {}, alone)) | {"gold": len(table)}
+
+
+def labels_at(store: Folder, positions: np.ndarray) -> np.ndarray:
+    """Teacher labels (..., C) of rows at any positions (...), of which memory holds no others; of -1 those of some row."""
+    wanted, which = np.unique(positions.clip(0), return_inverse=True)
+    source = Source.of(store)
+    parts = []
+    for _, _, first, count in source.groups:
+        low, high = np.searchsorted(wanted, (first, first + count))
+        if low < high:
+            _, table = next(source.read(first, first + count, ("teacher_probs",)))
+            parts.append(matrix(table["teacher_probs"].take(pa.array(wanted[low:high] - first))))
+    return np.concatenate(parts)[which.reshape(positions.shape)]
+
+
+def compared(targets: np.ndarray, mixed: np.ndarray, alone: np.ndarray) -> dict[str, Any]:
+    """How the mixture and the student as it would be served alone do on rows that neither has learnt from: losses, and the first's advantage with
+    half of its 95 % interval, in decisions as labelled (in regression in the loss). All (Q, C).
+    """
+    both = [losses(answers, targets) for answers in (mixed, alone)]
+    gain = both[1] - both[0]
+    if targets.shape[1] > 1:
+        right = [(answers.argmax(1) == targets.argmax(1)).astype(np.float64) for answers in (mixed, alone)]
+        gain = right[0] - right[1]
+    half = 1.96 * float(gain.std()) / max(1, len(gain)) ** 0.5
+    return {
+        "rows": len(targets),
+        "loss": float(both[0].mean()),
+        "student_loss": float(both[1].mean()),
+        "gain": float(gain.mean()),
+        "ci95": half,
+    }

@@ -3,7 +3,7 @@
 Four voices: the student; `dense`, the mean of the nearest rows' teacher labels, weighted by softmax of similarity / tau over k;
 `lexical`, the same over the rows with the highest BM25 scores; `ngrams`, the n-gram memory. The answer is their logarithmic opinion pool
 (Genest & Zidek, Statistical Science 1986): p is proportional to the product of p_voice ^ weight. In regression it is the weighted mean.
-A voice that finds nothing for a text leaves its weight to the student.
+A voice that finds nothing for a text leaves its weight to the student. What is known of the classes' frequencies may weigh in, see `settled`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
 NAMES = ("student", "dense", "lexical", "ngrams")
-DOUBT = {"lexical": 3.0}  # standard errors that a voice must gain, else 1: BM25 takes longer than everything else in an answer
+DOUBT = {
+    "dense": 3.0,
+    "lexical": 3.0,
+}  # standard errors that a voice must gain, else 1: either search takes longer than all else in an answer
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Mixture:
     tau: float
     lexical_k: int
     lexical_tau: float  # in units of BM25 scores
+    prior: Sequence[float] = ()  # added to the log-odds of each class; none: nothing
 
 
 ALONE = Mixture(1.0, 0.0, 0.0, 0.0, 8, 0.05, 8, 1.0)
@@ -83,7 +87,7 @@ def mix(student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.n
         weight = getattr(mixture, name) * found
         answers += weight * scale(said)
         left -= weight
-    return answers_of(answers + left * own)
+    return answers_of(answers + left * own + (mixture.prior or 0.0))
 
 
 def without(name: str, student: np.ndarray, voices: dict[str, Voice], mixture: Mixture) -> np.ndarray:
@@ -97,7 +101,7 @@ def without(name: str, student: np.ndarray, voices: dict[str, Voice], mixture: M
     total = sum(weights.values(), np.zeros((len(student), 1)))
     added = sum((w * scale(voices[n][0]) for n, w in weights.items()), np.zeros(student.shape))
     share = sum(getattr(mixture, n) for n in NAMES) / np.where(total > 0, total, np.nan)
-    return answers_of(added * share)
+    return answers_of(added * share + (mixture.prior or 0.0))
 
 
 def scale(answers: np.ndarray) -> np.ndarray:
@@ -106,12 +110,13 @@ def scale(answers: np.ndarray) -> np.ndarray:
 
 
 def fit_mixture(
-    targets: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes, ngrams: Voice, names: Sequence[str] = NAMES
+    targets: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes, ngrams: Voice, names: Sequence[str] = NAMES, gold: int = 0
 ) -> Mixture:
-    """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values; names: who may speak.
+    """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values, of which the first
+    `gold` are true, the others the teacher's; names: who may speak.
 
     k and tau of each side are those whose vote alone has the smallest loss. Then the best voice is taken, and others are added, the one that
-    lowers the loss most first, as long as the gain pays.
+    lowers the loss most first, as long as the gain pays. The frequencies of the true labels come last.
     """
     dense_k, dense_tau = best_vote(targets, dense, TAUS)
     lexical_k, lexical_tau = best_vote(targets, lexical, LEXICAL_TAUS)
@@ -133,7 +138,35 @@ def fit_mixture(
             break
         name = min(left, key=lambda n: float(trials[n][1].mean()))
         chosen, (best, loss) = (*chosen, name), trials[name]
-    return best
+    return best if targets.shape[1] == 1 else settled(best, targets[:gold], mix(student, voices, best)[:gold])
+
+
+def settled(mixture: Mixture, truth: np.ndarray, answers: np.ndarray) -> Mixture:
+    """The mixture with the classes' frequencies in it, and less trust in its voices, where this lowers the loss of gold rows beyond noise.
+
+    Voices say what the teacher would, who was mostly taught as many rows of each class, and perhaps in vain: where it knows nothing of the
+    task, the commonest class is the better answer. truth (n, C): one-hot; answers (n, C): the mixture's. p ~ answer ^ trust * frequency ^ weight.
+    """
+    from scipy.optimize import minimize
+
+    count, classes = truth.shape
+    if not count:
+        return mixture
+    prior = np.log((truth.sum(0) + 1) / (count + classes) * classes)
+    said = np.stack([np.log(answers.clip(1e-12)), np.broadcast_to(prior, truth.shape)])
+
+    def pooled(a: np.ndarray) -> np.ndarray:
+        return answers_of(np.einsum("v,vqc->qc", a, said))
+
+    def loss(a: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(losses(pooled(a), truth).mean()), np.einsum("vqc,qc->v", said, pooled(a) - truth) / count
+
+    trust, weight = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[(0, 1), (0, 1)]).x.round(4)
+    gain = losses(answers, truth) - losses(pooled(np.array([trust, weight])), truth)
+    if not pays("prior", gain):
+        return mixture
+    voices: dict[str, Any] = {name: round(float(trust * getattr(mixture, name)), 4) for name in NAMES}
+    return replace(mixture, **voices, prior=tuple((weight * prior).round(4).tolist()))
 
 
 def pays(name: str, gain: np.ndarray) -> bool:

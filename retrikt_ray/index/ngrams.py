@@ -29,6 +29,7 @@ FILE = "ngrams.arrow"
 ARRAYS = ("keys", "idf", "scales", "starts", "classes", "steps", "bias")  # of a table, on the disk
 MARKED = re.compile(rf"{WORD}|[^\w\s]")  # words and marks
 BETWEEN = "\x1f"  # stands between the texts of a pair
+SHARES = 10  # steps in which the share of a text is told that its other text has, too
 SMALLEST = 1 / 64  # weights below this share of their n-gram's largest are left out
 STEPS = 127  # of a quantised weight, to either side
 
@@ -47,6 +48,24 @@ def words_of(text: Text) -> list[str]:
     return MARKED.findall(first.lower()) + ([BETWEEN, *MARKED.findall(second.lower())] if second else [])
 
 
+def compared(text: Text) -> dict[str, str]:
+    """What the texts of a pair have in common, as words of their own, each with how it reads: every word by whether both texts have it or one
+    alone, and of each text the share that the other has, too. Empty for a single text.
+
+    "not" in one text alone, another number: what sets an answer apart from a paraphrase does not show in either text.
+    """
+    if not text[1]:
+        return {}
+    first, second = (set(MARKED.findall(part.lower())) for part in (text[0], text[1]))
+    both = first & second
+    found = {f"{BETWEEN}={w}": f"{w} (in both)" for w in both}
+    for mark, side, name in (("<", first, "first"), (">", second, "second")):
+        found |= {f"{BETWEEN}{mark}{w}": f"{w} (in the {name} alone)" for w in side - both}
+        share = SHARES * len(both) // max(1, len(side))
+        found[f"{BETWEEN}{mark}{BETWEEN}{share}"] = f"{share} of {SHARES} words of the {name} in both"
+    return found
+
+
 @lru_cache(maxsize=2**17)
 def word_key(word: str) -> int:
     return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
@@ -61,12 +80,12 @@ def pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def keys_of(texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
     """The distinct n-grams of each text: keys (G,) uint64, and which text each belongs to (G,), ascending by text, then key."""
-    words = [words_of(text) for text in texts]
-    single = np.array([word_key(w) for some in words for w in some], np.uint64)
-    row = np.repeat(np.arange(len(texts)), [len(some) for some in words])
+    words, crossed = [words_of(text) for text in texts], [compared(text) for text in texts]
+    single, more = (np.array([word_key(w) for some in found for w in some], np.uint64) for found in (words, crossed))
+    row, more_row = (np.repeat(np.arange(len(texts)), [len(some) for some in found]) for found in (words, crossed))
     inside = row[1:] == row[:-1]
-    keys = np.concatenate([single, pair_keys(single[:-1], single[1:])[inside]])
-    rows = np.concatenate([row, row[1:][inside]])
+    keys = np.concatenate([single, pair_keys(single[:-1], single[1:])[inside], more])
+    rows = np.concatenate([row, row[1:][inside], more_row])
     order = np.lexsort((keys, rows))
     keys, rows = keys[order], rows[order]
     first = np.ones(len(keys), bool)
@@ -80,7 +99,8 @@ def named(text: Text) -> dict[int, str]:
     keys = np.array([word_key(w) for w in words], np.uint64)
     pairs = pair_keys(keys[:-1], keys[1:]).tolist()
     shown = {k: f"{a} {b}" for k, (a, b) in zip(pairs, pairwise(words), strict=True) if BETWEEN not in (a, b)}
-    return shown | {k: w for k, w in zip(keys.tolist(), words, strict=True) if w != BETWEEN}
+    shown |= {k: w for k, w in zip(keys.tolist(), words, strict=True) if w != BETWEEN}
+    return shown | {word_key(w): read for w, read in compared(text).items()}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.task.words import WORD
 
-PAIR_MARK = " \x1f "  # between the texts of a pair
+PAIR_MARK = " \ue000 "  # between the texts of a pair; a mark that is neither a word's nor white space, and in no text
 STRENGTHS = (1.0, 10.0, 100.0)  # C of logistic regression, 1 / alpha of ridge
 STEPS = 300  # of L-BFGS
 

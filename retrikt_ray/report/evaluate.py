@@ -26,7 +26,7 @@ from retrikt_ray.store.card import store_card
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text, texts_of
 
-VERSION = 3
+VERSION = 4
 CHUNK = 256  # test rows that an actor of the teacher's pool answers at a time
 PART = "store:"  # the name of RetriKT on a part of the store begins so, and ends with the fraction
 EXAMPLE_NEIGHBOURS = 4
@@ -192,6 +192,7 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "rl": learning_curves(inputs["policy"]),
         "store_size": [*sizes, {"rows": kept, "score": systems["retrikt"]["score"]["mean"]}],
         "mixture": inputs["index"].read_json("mixture.json"),
+        "unseen": inputs["index"].read_json("unseen.json"),
         "reliability": bins,
         "ece": error,
         "seconds": {manifest.stage: manifest.seconds for manifest in stages},

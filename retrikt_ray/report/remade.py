@@ -62,11 +62,12 @@ class Remade:
         """Of positions and scores."""
         return Votes(found[1], self.labels[found[0]])
 
-    def fitted(self, names: Sequence[str] = NAMES, rows: int | None = None) -> Mixture:
-        """The mixture of some of the voices, fitted on the first of the unseen rows; None: on all."""
+    def fitted(self, names: Sequence[str] = NAMES, rows: int | None = None, prior: bool = True) -> Mixture:
+        """The mixture of some of the voices, fitted on the first of the unseen rows; None: on all. prior: whether class frequencies may count."""
         answers, dense, lexical, (said, found) = self.heard
         dense, lexical = (Votes(v.scores[:rows], v.labels[:rows]) for v in (dense, lexical))
-        return fit_mixture(self.unseen.targets[:rows], answers[:rows], dense, lexical, (said[:rows], found[:rows]), names)
+        heard = answers[:rows], dense, lexical, (said[:rows], found[:rows])
+        return fit_mixture(self.unseen.targets[:rows], *heard, names, self.unseen.gold if prior else 0)
 
     def answer(self, texts: list[Text], mixture: Mixture | None = None) -> np.ndarray:
         """As `Predictor.answer`: voices without a weight are not asked."""
@@ -83,6 +84,7 @@ class Unseen:
 
     texts: list[Text]
     targets: np.ndarray  # (Q, C)
+    gold: int  # how many of them are validation's
     others: np.ndarray  # (n,) bool: rows that may be their neighbours
     memory: Memory
 
@@ -90,4 +92,4 @@ class Unseen:
     def of(material: Material, held: list[int], others: np.ndarray, memory: Memory) -> Unseen:
         (texts, truth), rows = material.split("validation"), material.rows.take(held)
         targets = np.concatenate([one_hot(truth, rows.teacher.shape[1]), rows.teacher.numpy()])
-        return Unseen(texts + rows.texts, targets, others, memory)
+        return Unseen(texts + rows.texts, targets, len(texts), others, memory)

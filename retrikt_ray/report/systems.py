@@ -50,7 +50,9 @@ def tfidf_labels(material: Material) -> System:
 
 
 def majority(material: Material) -> System:
-    return baselines.majority(material.split("train")[1], len(material.task.labels))
+    """Of labelled and validation rows: the former may be as many of each class, by `prepare.n_per_class`."""
+    truth = np.concatenate([material.split(name)[1] for name in ("train", "validation")])
+    return baselines.majority(truth, len(material.task.labels))
 
 
 def of_student(student: Student) -> System:

@@ -205,7 +205,9 @@ class Explanation(BaseModel):
     neighbours: list[Voter]
     lexical_neighbours: list[Voter]
     ngrams: list[Spoken]
-    mixture: dict[str, float] = Field(description="Weights of the voices, and how rows vote.")
+    mixture: dict[str, float | list[float]] = Field(
+        description="Weights of the voices, how rows vote, and what class frequencies add to the log-odds (`prior`; empty: nothing)."
+    )
 
 
 class Listing(BaseModel):

@@ -8,11 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-
-from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.tables import matrix
 
 GENERATED = pa.schema(  # of `generated/`
     [
@@ -93,8 +89,3 @@ def table_of(rows: list[Row], schema: pa.Schema, more: list[dict[str, Any]] | No
     """Rows as a table of `schema`; more: by row, the columns that the schema has beside the store's."""
     records = [vars(row) for row in rows]
     return pa.Table.from_pylist([r | m for r, m in zip(records, more, strict=True)] if more is not None else records, schema=schema)
-
-
-def read_labels(store: Folder) -> np.ndarray:
-    """The teacher's labels of all rows of a store, (N, C) probabilities, or (N, 1) values."""
-    return matrix(store.read_tables(columns=["teacher_probs"])["teacher_probs"])

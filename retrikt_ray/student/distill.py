@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from retrikt_ray.runtime.training import Session
 
-VERSION = 5
+VERSION = 6
 
 
 def distill_loop(config: dict[str, Any]) -> None:

@@ -12,13 +12,15 @@ the student's table, tokens outside it to row 0 (unknown). A new kind is a class
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, pad
+from torch.nn.functional import embedding_bag, normalize, pad
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PretrainedConfig
 
+from retrikt_ray.student.alignment import FIGURES, GRID, Side, compared, units
 from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.teacher.annotator import mean_pool
 
@@ -64,18 +66,24 @@ def tokenized(tokenizer: Any, first: list[str], second: list[str] | None, max_to
 
 
 class Static:
-    """Importance-weighted mean of token embeddings; of a pair the two means, their distance and their product."""
+    """Importance-weighted mean of token embeddings; of a pair the two means, their distance, their product, and what each lacks (`alignment.py`)."""
 
     rate = 5e-3  # peak learning rate
     token_dropout = True  # whether hiding tokens in training makes sense: an average does without some of them
 
     def __init__(self, config: StudentConfig) -> None:
         self.config = config
+        self.known: dict[str, tuple[Any, Tensor]] = {}  # see `derived`
 
     def parts(self) -> tuple[dict[str, nn.Module], int]:
         """The model's own modules by name, and the width of its vector."""
         c = self.config
-        return {"embedding": nn.Embedding(c.vocabulary, c.dim), "importance": nn.Embedding(c.vocabulary, 1)}, c.dim * (4 if c.pair else 1)
+        return {"embedding": nn.Embedding(c.vocabulary, c.dim), "importance": nn.Embedding(c.vocabulary, 1)}, self.width(c.dim, c.pair)
+
+    @classmethod
+    def width(cls, dim: int, pair: bool) -> int:
+        """Of a vector."""
+        return 4 * dim + 2 * (dim + FIGURES) if pair else dim
 
     def read(self, tokenizer: Any, texts: list[Text]) -> dict[str, Tensor]:
         """What `vector` takes, as keyword arguments: the texts of a pair apart."""
@@ -91,7 +99,24 @@ class Static:
         if pair_ids is None or pair_mask is None:
             return a
         b = self.one(model, model.token_map[pair_ids].long(), pair_mask)
-        return torch.cat([a, b, (a - b).abs(), a * b], -1)
+        both = compared(self.side(model, ids, mask), self.side(model, pair_ids, pair_mask), model.embedding.weight)
+        return torch.cat([a, b, (a - b).abs(), a * b, both], -1)
+
+    def side(self, model: Any, ids: Tensor, mask: Tensor) -> Side:
+        """A text of a pair, token by token. ids: of the full tokenizer, (B, T)"""
+        rows = model.token_map[ids].long()
+        if model.training:
+            unit = normalize(model.embedding(rows), dim=-1) * GRID
+        else:
+            unit = self.derived("unit", (model.embedding.weight,), units)[rows]
+        return Side(ids, rows, mask, unit, torch.exp(model.importance(rows)[..., 0]) * mask)
+
+    def derived(self, name: str, weights: tuple[Tensor, ...], made: Callable[..., Tensor]) -> Tensor:
+        """A table that is made of weights, `made(*weights)`, once for as long as these stay as they are."""
+        state = tuple((w.data_ptr(), w._version) for w in weights)
+        if name not in self.known or self.known[name][0] != state:
+            self.known[name] = state, made(*(w.detach() for w in weights))
+        return self.known[name][1]
 
     def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """The vector of one text. ids: rows of the student's table, (B, T) -> (B, dim)"""
@@ -126,7 +151,7 @@ class Static:
     @classmethod
     def beside_tokens(cls, dim: int, outputs: int, pair: bool) -> int:
         """Parameters that do not grow with the vocabulary."""
-        return outputs * (dim * (4 if pair else 1) + 1)
+        return outputs * (cls.width(dim, pair) + 1)
 
     @staticmethod
     def inherit(model: Any, vectors: Tensor, frequency: Tensor) -> None:
@@ -149,14 +174,13 @@ class Convolution(Static):
     FILTERS, SPAN = 64, 3
     rate = 2e-3
 
-    def __init__(self, config: StudentConfig) -> None:
-        super().__init__(config)
-        self.known: tuple[Any, Tensor] | None = None  # `table` of these weights
-
     def parts(self) -> tuple[dict[str, nn.Module], int]:
         modules, width = super().parts()
-        filters = nn.Linear(self.SPAN * self.config.dim, self.FILTERS)
-        return modules | {"filters": filters}, width + self.FILTERS * (4 if self.config.pair else 1)
+        return modules | {"filters": nn.Linear(self.SPAN * self.config.dim, self.FILTERS)}, width
+
+    @classmethod
+    def width(cls, dim: int, pair: bool) -> int:
+        return super().width(dim, pair) + cls.FILTERS * (4 if pair else 1)
 
     def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean and maxima of one text. ids: rows of the student's table, (B, T) -> (B, dim + FILTERS)"""
@@ -179,17 +203,14 @@ class Convolution(Static):
 
     def table(self, model: Any) -> Tensor:
         """What each token adds to each filter, by its place in the window; the last row, of zeros, is for what lies outside. (SPAN, V + 1, FILTERS)"""
-        weights = (model.embedding.weight, model.filters.weight)
-        state = tuple((w.data_ptr(), w._version) for w in weights)
-        if self.known is None or self.known[0] != state:
-            by_place = weights[1].view(self.FILTERS, self.SPAN, -1).permute(1, 2, 0)
-            self.known = state, pad(weights[0] @ by_place, (0, 0, 0, 1)).detach()
-        return self.known[1]
+        return self.derived("table", (model.embedding.weight, model.filters.weight), self.by_place)
+
+    def by_place(self, tokens: Tensor, filters: Tensor) -> Tensor:
+        return pad(tokens @ filters.view(self.FILTERS, self.SPAN, -1).permute(1, 2, 0), (0, 0, 0, 1))
 
     @classmethod
     def beside_tokens(cls, dim: int, outputs: int, pair: bool) -> int:
-        sides = 4 if pair else 1
-        return cls.FILTERS * (cls.SPAN * dim + 1) + outputs * ((dim + cls.FILTERS) * sides + 1)
+        return cls.FILTERS * (cls.SPAN * dim + 1) + super().beside_tokens(dim, outputs, pair)
 
     @staticmethod
     def inherit(model: Any, vectors: Tensor, frequency: Tensor) -> None:

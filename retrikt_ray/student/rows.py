@@ -171,7 +171,8 @@ def load_validation(task: Folder, outputs: int) -> Rows:
 
 def sources_of(store: Folder) -> np.ndarray:
     """Where each row comes from, (N,): generated, task or unlabelled."""
-    return np.array(store.read_tables(columns=["source"])["source"].to_pylist())
+    column = store.read_tables(columns=["source"])["source"].combine_chunks().dictionary_encode()
+    return np.array(column.dictionary.to_pylist())[column.indices.to_numpy()]
 
 
 def held_out(store: Folder, seed: int) -> np.ndarray:

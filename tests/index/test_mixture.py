@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,8 +28,10 @@ from retrikt_ray.index.mixture import (
     mix,
     pays,
     scale,
+    settled,
     voices_of,
     vote,
+    without,
 )
 from retrikt_ray.task.metrics import answers_of, losses
 
@@ -302,8 +305,8 @@ def test_weights_in_regression_are_the_best_of_those_that_sum_to_1() -> None:
 
 def test_pays() -> None:
     two, one = np.array([0.0, 2.0, 0.0, 2.0]), np.array([-1.0, 3.0, -1.0, 3.0])  # mean 1; standard error 1/2, and 1
-    assert pays("dense", two) and pays("ngrams", two) and not pays("dense", one)
-    assert not pays("lexical", two)  # costs more time than all others: 3 standard errors
+    assert pays("student", two) and pays("ngrams", two) and not pays("ngrams", one)
+    assert not pays("lexical", two) and not pays("dense", two)  # each costs more time than all others: 3 standard errors
     assert pays("lexical", np.array([0.5, 1.5, 0.5, 1.5])) and not pays("ngrams", np.zeros(4)) and not pays("ngrams", -two)
 
 
@@ -372,6 +375,51 @@ def test_never_worse_than_the_best_single_voice(seed: int, classes: int, rows: i
         for weight in (0.5, 1.0, 2.0) if classes > 1 else (1.0,):
             alone = Mixture(**dict.fromkeys(NAMES, 0.0) | {name: weight}, k=8, tau=TAU, lexical_k=8, lexical_tau=LEXICAL_TAU)
             assert loss <= losses(mix(student, voices, alone), targets).mean() + 1e-3
+
+
+# frequencies
+
+
+def test_frequencies_are_added_to_the_log_odds() -> None:
+    """Odds 3 of the first class, times e."""
+    answer, prior = np.array([[0.75, 0.25]]), (0.5, -0.5)
+    odds = pooled((0.75, 2.0))[0] / pooled((0.75, 2.0))[1] * math.e
+    settled_mixture = replace(mixture(2.0), prior=prior)
+    close(mix(answer, {}, settled_mixture), [[odds / (1 + odds), 1 / (1 + odds)]])
+    voices = {"ngrams": says([[0.75, 0.25]])}
+    close(without("student", answer, voices, replace(mixture(1.0, ngrams=1.0), prior=prior)), [[odds / (1 + odds), 1 / (1 + odds)]])
+    close(without("ngrams", answer, voices, replace(mixture(1.0, ngrams=1.0), prior=prior)), [[odds / (1 + odds), 1 / (1 + odds)]])
+
+
+def test_where_the_voices_know_nothing_the_commonest_class_is_answered() -> None:
+    """Answers without a relation to the truth, four of five rows of the first class."""
+    rng = np.random.default_rng(0)
+    truth, answers = np.eye(2)[(np.arange(200) % 5 == 0).astype(int)], simulated(rng, 200, 2, 0.0)
+    found = settled(mixture(1.0), truth, mix(answers, {}, mixture(1.0)))
+    assert found.student < 0.1 and mix(answers, {}, found).argmax(1).sum() == 0
+    # log of (161 / 202 * 2) and of (41 / 202 * 2), the counts being one up, if all of the frequencies is taken.
+    assert found.prior == pytest.approx([math.log(322 / 202), math.log(82 / 202)], abs=0.05)
+
+
+def test_frequencies_say_nothing_where_they_are_even_or_voices_know_better() -> None:
+    rng = np.random.default_rng(1)
+    even, uneven = np.eye(2)[np.arange(200) % 2], np.eye(2)[(np.arange(200) % 5 == 0).astype(int)]
+    answers = simulated(rng, 200, 2, 0.0)
+    found = settled(ALONE, even, mix(answers, {}, ALONE))
+    assert found.student < 0.1 and list(found.prior) == [0, 0]  # it trusts them less, and decides as they do
+    sure = 0.9 * uneven + 0.05  # they know which rows are of the rare class
+    assert (mix(sure, {}, settled(ALONE, uneven, mix(sure, {}, ALONE))).argmax(1) == uneven.argmax(1)).all()
+    assert settled(ALONE, uneven[:0], sure[:0]) == ALONE
+
+
+def test_only_true_labels_count_as_frequencies() -> None:
+    """The teacher's labels, which come behind them, are all of the second class."""
+    rng = np.random.default_rng(0)
+    truth = np.eye(2)[(np.arange(200) % 5 == 0).astype(int)]
+    student = simulated(rng, 400, 2, 0.0)
+    targets = np.concatenate([truth, np.tile([0.0, 1.0], (200, 1))])
+    with_gold, none = (fit_mixture(targets, student, nothing(400), nothing(400), says([[0, 0]] * 400, [0] * 400), gold=n) for n in (200, 0))
+    assert with_gold.prior[0] > 0.2 and not none.prior
 
 
 def test_scale_and_back() -> None:

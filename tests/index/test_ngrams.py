@@ -11,7 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrikt_ray.index.ngrams import ARRAYS, BETWEEN, FILE, SMALLEST, STEPS, Memory, keys_of, merged, named, pair_keys, word_key, words_of
+from retrikt_ray.index.ngrams import (
+    ARRAYS,
+    BETWEEN,
+    FILE,
+    SMALLEST,
+    STEPS,
+    Memory,
+    compared,
+    keys_of,
+    merged,
+    named,
+    pair_keys,
+    word_key,
+    words_of,
+)
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.task.texts import Text
 
@@ -99,9 +113,34 @@ def test_keys_depend_on_no_other_text(texts: list[Text]) -> None:
 
 
 def test_named() -> None:
-    shown = named(("Not good", "Dull"))
-    assert shown == {single("not"): "not", single("good"): "good", single("dull"): "dull", pair("not", "good"): "not good"}
-    assert named(("", None)) == {}
+    shown = named(("Not good", "Good"))
+    words = {single("not"): "not", single("good"): "good", pair("not", "good"): "not good"}
+    assert {k: v for k, v in shown.items() if k in words} == words
+    assert sorted(v for k, v in shown.items() if k not in words) == [
+        "10 of 10 words of the second in both",
+        "5 of 10 words of the first in both",
+        "good (in both)",
+        "not (in the first alone)",
+    ]
+    assert named(("", None)) == {} and set(named(("Not good", "Good"))) <= found(("Not good", "Good"))
+
+
+def test_what_the_texts_of_a_pair_have_in_common() -> None:
+    """Each word once, by where it stands; a word in both says something else than the word, and the order of the texts counts."""
+    assert compared(("a b", None)) == {} == compared(("a b", ""))
+    read = compared(("It is not 5 5", "It is 7"))
+    assert sorted(read.values()) == [
+        "5 (in the first alone)",
+        "5 of 10 words of the first in both",  # it, is of it, is, not, 5
+        "6 of 10 words of the second in both",
+        "7 (in the second alone)",
+        "is (in both)",
+        "it (in both)",
+        "not (in the first alone)",
+    ]
+    assert not {single(w) for w in ("it", "is", "not", "5", "7")} & {word_key(w) for w in read}
+    assert set(compared(("x y", "x"))) & set(compared(("x", "x y"))) == {f"{BETWEEN}=x"}
+    assert {word_key(w) for w in read} < found(("It is not 5 5", "It is 7"))
 
 
 # tables

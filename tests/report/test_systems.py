@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from making.tiny_run import LABELS, TEXTS, make_run, make_student
+from making.tiny_run import VALIDATION as SCHEMA
 
 from retrikt_ray.index.learning import of_texts
 from retrikt_ray.index.mixture import ALONE, NAMES, Mixture, Votes, fit_mixture, mix, voices_of
@@ -18,10 +20,12 @@ from retrikt_ray.report import remade, systems
 from retrikt_ray.report.material import Material
 from retrikt_ray.report.remade import Remade
 from retrikt_ray.report.systems import BY_NAME, SYSTEMS, part_of_store
+from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.student.fit import DistillConfig
 from retrikt_ray.student.rows import Rows
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text
+from retrikt_ray.teacher.annotator import Annotator
 
 TASK = Task("tiny", "classification", tuple(LABELS), tuple(LABELS), "{label}: ", False, "accuracy")
 VALIDATION: tuple[list[Text], np.ndarray] = (
@@ -120,7 +124,7 @@ def test_answers_of_some_voices(asked: list[Any]) -> None:
     np.testing.assert_allclose(made.answer(texts, every), mix(student, voices, every), atol=1e-6)
     few, some_rows = made.fitted(rows=2), made.unseen.targets[:2]
     dense, lexical = (Votes(v.scores[:2], v.labels[:2]) for v in made.heard[1:3])
-    assert few == fit_mixture(some_rows, made.heard[0][:2], dense, lexical, (made.heard[3][0][:2], made.heard[3][1][:2]))
+    assert few == fit_mixture(some_rows, made.heard[0][:2], dense, lexical, (made.heard[3][0][:2], made.heard[3][1][:2]), gold=2)
     for name in NAMES:
         fitted = made.fitted(tuple(n for n in NAMES if n != name))
         assert getattr(fitted, name) == 0 and sum(getattr(fitted, n) for n in NAMES) > 0
@@ -140,6 +144,38 @@ def test_a_students_unseen_rows_are_validation_and_what_is_held_out(monkeypatch:
     assert [t for t, _ in texts] == [TEXTS[1], TEXTS[3]] and seed == 5
     assert [t for t, _ in unseen] == [*TEXTS[:3], TEXTS[8]]
     assert targets[:3] == [[0, 1]] * 3 and targets[3] == some.rows.teacher[8].tolist()
+
+
+def test_the_majority_of_an_even_sample_is_told_by_validation() -> None:
+    """Two labelled rows of each class; of three validation rows two are of the second."""
+    some = SimpleNamespace(
+        task=TASK,
+        split=lambda name: ([], np.array([0.0, 0.0, 1.0, 1.0] if name == "train" else [1.0, 1.0, 0.0] if name == "validation" else [])),
+    )
+    np.testing.assert_allclose(BY_NAME["majority"].fit(some).answer([("a", None)] * 2), [[3 / 7, 4 / 7]] * 2)
+
+
+def test_a_pretrained_encoder_is_a_student_like_any_other(monkeypatch: pytest.MonkeyPatch, tiny_encoder: str, tmp_path: Path) -> None:
+    """The same losses, the same votes: it learns the tiny run's labels, and its vectors find the rows."""
+    monkeypatch.setattr("retrikt_ray.student.fit.MIN_STEPS", 60)
+    torch.manual_seed(0)
+    Annotator.start(tiny_encoder, "", "auto", 2, 0, 16).save(Folder.at(tmp_path / "teacher"), tiny_encoder, "", "auto")
+    run = make_run(tmp_path / "run")
+    rows = [{"text": t, "text_pair": None, "value": float(i < 6)} for i, t in enumerate(TEXTS)]
+    (run / "task").write_table("validation.parquet", pa.Table.from_pylist(rows, schema=SCHEMA))
+    inputs = {name: run / name for name in ("task", "store")} | {"teacher": Folder.at(tmp_path / "teacher")}
+    config = DistillConfig(model=tiny_encoder, learning_rate=2e-3, epochs=1, batch=8)
+    assert config.kd and config.relation and config.labels
+    some = Material(inputs, 0, 1, config=config)
+    made = Remade.of(some, some.distill, list(range(12)))
+    texts: list[Text] = [(t, None) for t in TEXTS]
+    student, vectors = made.student.encode(texts)
+    assert made.student.model.config.kind == "pretrained" and vectors.shape == (12, 32)
+    assert (student.argmax(1).numpy() == [1] * 6 + [0] * 6).mean() >= 0.75
+    assert made.searcher.search(vectors.numpy(), 1)[0][:, 0].tolist() == list(range(12))
+    every = Mixture(0.5, 0.5, 0.0, 0.5, 4, 0.1, 4, 1.0)
+    without_dense = made.answer(texts, Mixture(0.5, 0.0, 0.0, 0.5, 4, 0.1, 4, 1.0))
+    assert made.answer(texts, every).shape == (12, 2) and np.abs(made.answer(texts, every) - without_dense).max() > 1e-3
 
 
 def test_material_of_some_sources(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_explain_shows_both_sides_and_what_they_voted(single: Replica, predictor
     assert [bare(answer["neighbours"])] == rows_of(predictor, found.dense, "similarity")
     assert [bare(answer["lexical_neighbours"])] == rows_of(predictor, found.lexical, "bm25")
     assert (len(answer["neighbours"]), len(answer["lexical_neighbours"])) == (8, 4)
-    assert answer["mixture"] == WEIGHTS | {"k": 8, "tau": 0.1, "lexical_k": 4, "lexical_tau": 1.0}
+    assert answer["mixture"] == WEIGHTS | {"k": 8, "tau": 0.1, "lexical_k": 4, "lexical_tau": 1.0, "prior": []}
     assert set(answer["votes"]) == {"dense", "lexical", "ngrams"}
     assert scores(answer["votes"]["dense"]) == close_to(named(voted(answer["neighbours"], "similarity", 0.1)))
     assert scores(answer["votes"]["lexical"]) == close_to(named(voted(answer["lexical_neighbours"], "bm25", 1.0)))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.rows import VIEWED, Row, read_labels, rejected_schema, store_schema, table_of
+from retrikt_ray.store.rows import VIEWED, Row, rejected_schema, store_schema, table_of
 
 ROW = Row("a-0", "a text", None, "good", 1, 1.0, [0.25, 0.75], [1.0, 2.0, 3.0], "task", "made")
 
@@ -46,6 +45,5 @@ def test_rows_survive_the_table(tmp_path: object) -> None:
     rows = [ROW, replace(ROW, id="a-1", teacher_probs=[1.0, 0.0], asked_label=None)]
     folder.write_table("part-00000.parquet", table_of(rows, store_schema(3)))
     assert [Row(**record) for record in folder.read_tables().to_pylist()] == rows
-    np.testing.assert_array_equal(read_labels(folder), np.array([[0.25, 0.75], [1.0, 0.0]], np.float32))
     rejected = table_of([replace(ROW, teacher_probs=None, teacher_embedding=None)], rejected_schema(3), [{"reason": "empty"}])
     assert rejected["reason"].to_pylist() == ["empty"] and rejected["teacher_embedding"].to_pylist() == [None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -69,8 +71,28 @@ def test_features_of_a_pair() -> None:
     with torch.no_grad():
         logits, vector = model(torch.tensor([[1, 2]]), one, torch.tensor([[2, 1]]), one)
     a, b = (vector_of(hand_model(), *tokens) for tokens in ((1, 2), (2, 1)))
-    assert_close(vector[0], torch.cat([a, b, (a - b).abs(), a * b]), rtol=0, atol=1e-6)
+    each = torch.cat([a, b, (a - b).abs(), a * b])
+    assert_close(vector[0, : len(each)], each, rtol=0, atol=1e-6)
+    # Both texts have the same tokens: nothing is missed, all is matched by itself.
+    assert vector[0, len(each) :].tolist() == [0, 0, 8, 8, 0, 0] * 2
     assert (a[2], b[2]) == (4, 0) and logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_text_of_a_pair_lacks(training: bool) -> None:
+    """Token 1 is (4, 0), token 2 (0, -4), token 3 (3, -4): cosines 0 to each other, 0.6 and 0.8 with the third. Token 2 counts three times."""
+    model = StudentModel(StudentConfig(kind="static", vocabulary=4, full_vocabulary=4, dim=2, outputs=2, pair=True)).train(training)
+    with torch.no_grad():
+        model.token_map.copy_(torch.arange(4))
+        model.embedding.weight.copy_(torch.tensor([[8.0, 8.0], [4.0, 0.0], [0.0, -4.0], [3.0, -4.0]]))
+        model.importance.weight.copy_(torch.tensor([[5.0], [0.0], [math.log(3)], [0.0]]))
+        # 1 2 beside 3 1 and a token that is not there.
+        _, vector = model(torch.tensor([[1, 2]]), torch.ones(1, 2), torch.tensor([[3, 1, 2]]), torch.tensor([[1, 1, 0]]))
+    # Of the first: 1 is there itself; 2 is matched at 0.8, so 3 x 0.2 of weight 4 is missed: (0, -4) x 0.15.
+    first = [0, -0.6, 8 * (1 + 3 * 0.8) / 4, 8 / 4, 8 * 0.2, 8 * 0.6]
+    # Of the second: 3 is matched by 2 at 0.8: 0.2 of weight 2, (3, -4) x 0.1.
+    second = [0.3, -0.4, 8 * 1.8 / 2, 8 / 2, 8 * 0.2, 8 * 0.2]
+    assert_close(vector[0, 8:], torch.tensor(first + second), rtol=0, atol=5e-3)  # to the grid of `units`
 
 
 def random_student(seed: int, pair: bool = False) -> Student:
@@ -176,8 +198,8 @@ def size_of(dim: int, vocabulary: int, outputs: int, pair: bool) -> int:
 def test_size_by_hand() -> None:
     # dim 32 as of a static student. Filters 64 * (3 * 32 + 1) = 6208, head 2 * (32 + 64 + 1) = 194; (131072 - 6402) // 33 = 3777 tokens.
     assert Convolution.size(131072, 100_000, 2, False) == (32, 3777)
-    # A pair's head: 2 * (4 * 96 + 1) = 770; (131072 - 6208 - 770) // 33 = 3760.
-    assert Convolution.size(131072, 100_000, 2, True) == (32, 3760)
+    # A pair's head: 2 * (4 * 96 + 2 * (32 + 4) + 1) = 914; (131072 - 6208 - 914) // 33 = 3756.
+    assert Convolution.size(131072, 100_000, 2, True) == (32, 3756)
     # Few tokens: 1000 (d + 1) + 64 (3 d + 1) + 2 (d + 65) <= 131072: d = (131072 - 1194) / 1194 = 108.8.
     assert Convolution.size(131072, 1000, 2, False) == (108, 1000)
 
