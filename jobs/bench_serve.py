@@ -29,7 +29,7 @@ SYSTEMS = ("retrikt", "bare", "uvicorn")
 
 def bare(run: str, port: int, size: int) -> None:
     """A Serve ingress that answers a constant of `size` bytes, with the settings of `retrikt serve`."""
-    from retrikt_ray.serving.app import address_of, environment
+    from retrikt_ray.serving.server import address_of, environment
 
     home = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     os.environ.update(environment(home, address_of("127.0.0.1", port), 10))
@@ -61,8 +61,8 @@ def plain(run: str, port: int, size: int) -> None:
     """The routes of `retrikt serve` in uvicorn."""
     import uvicorn
 
+    from retrikt_ray.serving.api.routes import build_api
     from retrikt_ray.serving.replica import Endpoint
-    from retrikt_ray.serving.routes import build_api
 
     uvicorn.run(build_api(Endpoint({"run": run, "open": "write"})), host="127.0.0.1", port=port, log_level="error", access_log=False)
 
@@ -167,7 +167,7 @@ def texts_of(run: str) -> list[str]:
 
 def main(run: str) -> None:
     from retrikt_ray.predictor import Predictor
-    from retrikt_ray.serving.app import free_port
+    from retrikt_ray.serving.server import free_port
 
     predictor = Predictor.open(run)
     found = predictor.predict("a text").view.task.labels

@@ -7,6 +7,7 @@ is asked answers for all. Without it, as on a cluster, a replica answers for its
 from __future__ import annotations
 
 import os
+from typing import Any
 
 FOLDER = "RETRIKT_METRICS_DIR"
 if os.environ.get(FOLDER):  # before the import: it decides then how figures are kept
@@ -25,6 +26,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.own = own = CollectorRegistry()
+        newest: Any = {"registry": own, "multiprocess_mode": "mostrecent"}  # replicas that have ended must not count for ever
         self.requests = Counter("retrikt_requests_total", "Requests answered.", ["route", "status"], registry=own)
         self.seconds = Histogram(
             "retrikt_request_seconds", "From a request's head to its answer.", ["route"], buckets=SECONDS, registry=own
@@ -44,8 +46,23 @@ class Metrics:
             "retrikt_decided_total", "Texts by the voice that decided: without it the label would be another one.", ["voice"], registry=own
         )
         self.edits = Counter("retrikt_edits_total", "Edits over HTTP.", ["kind"], registry=own)
-        self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", registry=own, multiprocess_mode="max")
-        self.rows = Gauge("retrikt_knowledge_rows", "Rows of it.", registry=own, multiprocess_mode="mostrecent")
+        self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", **newest)
+        self.rows = Gauge("retrikt_knowledge_rows", "Rows of it.", **newest)
+        self.swaps = Counter(
+            "retrikt_swaps_total", "Runs that were offered in place of the one that answers: taken, refused.", ["outcome"], registry=own
+        )
+        self.refused = Gauge("retrikt_swap_refused", "1 where the run that was last offered was refused: /info says why.", **newest)
+        self.taken = Gauge("retrikt_release_taken_seconds", "When a release began to answer, in Unix time.", ["release"], **newest)
+
+    def swapped(self, release: str) -> None:
+        """A run was taken over."""
+        self.swaps.labels("taken").inc()
+        self.refused.set(0)
+        self.taken.labels(release).set_to_current_time()
+
+    def swap_refused(self) -> None:
+        self.swaps.labels("refused").inc()
+        self.refused.set(1)
 
     def text(self) -> bytes:
         """In Prometheus's format."""

@@ -9,7 +9,7 @@ import pytest
 from making.serving_local import Local
 from making.serving_stub import LIMITS, Stub
 
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
 
 
 @pytest.fixture(scope="module")

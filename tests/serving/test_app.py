@@ -30,11 +30,13 @@ from making.tiny_run import LABELS, TEXTS, make_run
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
+from retrikt_ray import Client
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.app import address_of, build_app, free_port, serve_run
+from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import parse_args
+from retrikt_ray.serving.server import address_of, free_port, serve_run
 
 ROOT = Path(__file__).parents[2]
 QUERY = "a zebra film"
@@ -218,11 +220,11 @@ def test_requests_at_the_same_time(live: Live) -> None:
     assert answers == close_to([live.here.post("predict", {"inputs": text}).json() for text in TEXTS]) * 3
 
 
-def test_client_command(live: Live) -> None:
-    command = [sys.executable, str(ROOT / "serve" / "client.py"), "--url", live.url, "--explain", "a fine film", "so weak"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_the_typed_client_works(live: Live) -> None:
+    with Client(live.url) as client:
+        explained = [answer.model_dump() for answer in client.explain(["a fine film", "so weak"])]
     want = live.here.post("explain", {"inputs": ["a fine film", "so weak"]}).json()
-    assert [json.loads(line) for line in done.stdout.splitlines()] == want
+    assert [answer["prediction"] for answer in explained] == [answer["prediction"] for answer in want]
 
 
 @pytest.mark.parametrize("route", ["", "/predict"])

@@ -15,8 +15,8 @@ import pytest
 from making.serving_local import listening, replica
 from making.tiny_run import make_run
 
-from retrikt_ray.serving.app import free_port
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
+from retrikt_ray.serving.server import free_port
 
 aiohttp = pytest.importorskip("aiohttp")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -271,5 +271,5 @@ def test_strange_texts_are_answered(single: Replica, text: str) -> None:
 
 def test_info(single: Replica, predictor: Predictor) -> None:
     info = single.get("/info").json()
-    assert info == predictor.info() | {"version": __version__, "limits": LIMITS | {"deadline_s": 10}}
+    assert info == predictor.info() | {"refused": None, "version": __version__, "limits": LIMITS | {"deadline_s": 10}}
     assert info["store"] == {"rows": 12, "version": 0}

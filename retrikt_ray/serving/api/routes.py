@@ -17,11 +17,10 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from retrikt_ray import __version__
-from retrikt_ray.serving import edits
-from retrikt_ray.serving.guard import Guard, Keys, needed
-from retrikt_ray.serving.reading import CODES, Refusal, read_body, texts_of_inputs
-from retrikt_ray.serving.replica import Answers, Endpoint, Job
-from retrikt_ray.serving.wire import (
+from retrikt_ray.serving.api import edits
+from retrikt_ray.serving.api.guard import Guard, Keys, needed
+from retrikt_ray.serving.api.reading import CODES, Refusal, read_body, texts_of_inputs
+from retrikt_ray.serving.api.wire import (
     Body,
     DeleteBody,
     Edited,
@@ -40,6 +39,8 @@ from retrikt_ray.serving.wire import (
     Sides,
     Strict,
 )
+from retrikt_ray.serving.opened import Answers, Job
+from retrikt_ray.serving.replica import Endpoint
 
 Model = TypeVar("Model", bound=Strict)
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -181,7 +182,7 @@ class Api:
 
 def answered(answers: Answers, many: bool) -> Response:
     """A list for a list, one answer for one text; with the version that it is from."""
-    return JSONResponse(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": str(answers.version)})
+    return JSONResponse(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": answers.version})
 
 
 def versioned(answer: dict[str, Any]) -> Response:
@@ -231,7 +232,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     """The ASGI app over one replica. echo: as for Guard."""
     operations = Api(endpoint).operations()
     schema, metrics = openapi(operations), endpoint.metrics
-    pages = {name: (files("retrikt_ray.serving") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
+    pages = {name: (files("retrikt_ray.serving.api") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
 
     def counted(op: Operation) -> Callable[[Request], Awaitable[Response]]:
         name = f"{op.method} {op.path}"

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+INTERRUPTED = "interrupted"  # code of a 503 where nobody knows whether the edit that was asked for was made
+
 # what requests hold
 
 ITEM = {
@@ -211,7 +213,7 @@ class Explanation(BaseModel):
 class Listing(BaseModel):
     """Some rows of the knowledge, newest first."""
 
-    version: int
+    version: str = Field(description="Of the knowledge: the release of the run, a point, and the number of edits.")
     total: int = Field(description="Rows that match.")
     rows: list[Row]
 
@@ -219,7 +221,7 @@ class Listing(BaseModel):
 class Edited(BaseModel):
     """What an edit did."""
 
-    version: int = Field(description="Of the knowledge after it.")
+    version: str = Field(description="Of the knowledge after it.")
     ids: list[str] = Field(description="Of rows that were put.")
     before: list[dict[str, Any]] = Field(description="Rows that are gone; putting them back, and deleting what is new, undoes the edit.")
 
@@ -235,7 +237,7 @@ class Compared(BaseModel):
 class Preview(BaseModel):
     """What an edit would do."""
 
-    version: int
+    version: str
     answers: list[Compared]
 
 
@@ -258,4 +260,6 @@ class Info(BaseModel):
     pair: bool
     version: str
     store: dict[str, int]
+    release: str = Field(description="Tells what the stages of the run have made from what others have; versions begin with it.")
+    refused: str | None = Field(description="Why the run that was last offered in its place was not taken over.")
     limits: dict[str, float]

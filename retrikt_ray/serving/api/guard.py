@@ -25,8 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.api.reading import CODES, Refusal
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.reading import CODES, Refusal
 from retrikt_ray.task.texts import short
 
 LEVELS = {"nothing": 0, "read": 1, "write": 2}  # what a request may do
