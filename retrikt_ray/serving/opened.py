@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from retrikt_ray.knowledge.actors import ActorSearcher
-from retrikt_ray.knowledge.view import Neighbour, Places, View
+from retrikt_ray.knowledge.view import Neighbour, View
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.runtime.folders import MANIFEST, Folder
 from retrikt_ray.runtime.settings import ConfigError
@@ -204,9 +204,11 @@ def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
 
 
 def seals(run: str) -> list[Any]:
-    """Of what the stages made: changes when it is made anew. None for what is not complete."""
-    places = Places.of(Folder.at(run))
-    return [folder.signature(MANIFEST) for folder in (places.task, places.student, places.store, places.index)]
+    """Of what the stages made: changes when it is made anew. None for what is not complete, or cannot be reached."""
+    try:
+        return [(Folder.at(run) / name).signature(MANIFEST) for name in ("task", "student", "store", "index")]
+    except OSError:
+        return [None]
 
 
 def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Predictor:

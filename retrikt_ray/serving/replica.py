@@ -159,6 +159,9 @@ class Endpoint:
         while True:
             time.sleep(LOOK_S)
             run, now = self.opened.run, seals(self.opened.run)
+            if now == self.opened.seals and tried:  # what was refused was taken back
+                tried, self.refused = [], None
+                self.metrics.refused.set(0)
             if now == self.opened.seals or None in now or (now == tried and time.monotonic() < again):
                 continue
             time.sleep(LOOK_S)  # stages follow each other: a new student, and in a moment a new index
