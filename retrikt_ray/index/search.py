@@ -9,6 +9,7 @@ must be asked once, not once a shard. FAISS files are only opened after their SH
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from retrikt_ray.runtime.folders import ArtifactError, Folder
 
 JOINED_BYTES = 1e9  # of an IVF index: up to here a process joins its shards in memory, for inverted lists in N pieces take longer to scan
 EVERYWHERE = 2**31 - 1  # as many probes as there are lists
+PRODUCT, PRODUCTS = 4, 2**24  # queries, and queries times rows, from and up to which an exact search is one matrix product
 SLACK = 8  # rows asked for beyond k in a Flat shard, whose last digits are not to be trusted
 
 
@@ -72,6 +74,16 @@ def with_probes(index: Any, nprobe: int, selector: Any) -> Any:
     if isinstance(index, faiss.IndexHNSW):
         return faiss.SearchParametersHNSW(efSearch=max(64, min(nprobe, index.ntotal)), sel=selector)
     return faiss.SearchParameters(sel=selector) if selector is not None else None
+
+
+def multiplied(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest inner products of each query, and the rows they are of, as one matrix product: of an exact index a third of FAISS's time."""
+    import torch
+
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the rows are mapped for reading alone, and are only read
+        found = (torch.from_numpy(queries) @ torch.from_numpy(vectors).T).topk(k)
+    return found.values.numpy(), found.indices.numpy()
 
 
 def complete(once: Any, rows: int, queries: np.ndarray, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -128,6 +140,8 @@ class Shard:
         if isinstance(self.index, faiss.IndexHNSW) and nprobe == EVERYWHERE:  # not all rows can be reached in a graph
             storage = faiss.downcast_index(self.index.storage)
             return storage.search(queries, k, params=with_probes(storage, 1, selector))
+        if self.vectors is not None and selector is None and len(queries) >= PRODUCT and self.vectors.shape[0] * len(queries) <= PRODUCTS:
+            return multiplied(queries, self.vectors, k)
         if self.ivf is None:
             return self.index.search(queries, k, params=with_probes(self.index, nprobe, selector))
         rotated, similarities, chosen = visit

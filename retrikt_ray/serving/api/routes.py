@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -13,12 +14,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
 from retrikt_ray.serving.api import edits
-from retrikt_ray.serving.api.guard import Guard, Keys, needed
+from retrikt_ray.serving.api.guard import Guard, Keys, needed, route_of
 from retrikt_ray.serving.api.reading import CODES, Refusal, read_body, texts_of_inputs
 from retrikt_ray.serving.api.wire import (
     Body,
@@ -54,13 +55,18 @@ IF_MATCH = {
 }
 
 
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+Handle = Callable[[Request], Awaitable[Response]]
+Routes = dict[str, dict[str, Handle]]  # by path and method
+
+
 @dataclass(frozen=True)
 class Operation:
     """A route with one method. Its description is the docstring of what handles it."""
 
     method: str
     path: str
-    handle: Callable[[Request], Awaitable[Response]]
+    handle: Handle
     answer: Any  # type of the JSON of a 200
     body: type[Strict] | None = None
     examples: dict[str, Any] = field(default_factory=dict)
@@ -180,9 +186,36 @@ class Api:
         ]  # fmt: skip
 
 
+class Table:
+    """The ASGI app of routes whose paths are fixed: two look-ups, where a framework tries one pattern after the other."""
+
+    def __init__(self, routes: Routes) -> None:
+        self.routes, self.rest = routes, Router()  # which knows what to do with what is no request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.rest(scope, receive, send)
+            return
+        methods = self.routes.get(route_of(scope))
+        if methods is None:
+            raise HTTPException(404)
+        handle = methods.get("GET" if scope["method"] == "HEAD" else scope["method"])
+        if handle is None:
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods))})
+        response = await handle(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+class Json(JSONResponse):
+    """JSON by an encoder that is made once."""
+
+    def render(self, content: Any) -> bytes:
+        return ENCODE(content).encode()
+
+
 def answered(answers: Answers, many: bool) -> Response:
     """A list for a list, one answer for one text; with the version that it is from."""
-    return JSONResponse(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": answers.version})
+    return Json(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": answers.version})
 
 
 def versioned(answer: dict[str, Any]) -> Response:
@@ -234,7 +267,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     schema, metrics = openapi(operations), endpoint.metrics
     pages = {name: (files("retrikt_ray.serving.api") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
 
-    def counted(op: Operation) -> Callable[[Request], Awaitable[Response]]:
+    def counted(op: Operation) -> Handle:
         name = f"{op.method} {op.path}"
         seconds = metrics.seconds.labels(name)
         statuses: dict[int, Any] = {}  # looked up once: labels() takes as long as a tenth of a small request
@@ -256,7 +289,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
 
         return handle
 
-    def page(name: str) -> Callable[[Request], Awaitable[Response]]:
+    def page(name: str) -> Handle:
         async def show(_: Request) -> Response:
             return HTMLResponse(pages[name], headers={"Content-Security-Policy": PAGE_POLICY})
 
@@ -265,9 +298,10 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     async def described(_: Request) -> Response:
         return JSONResponse(schema)
 
-    routes = [Route(op.path, counted(op), methods=[op.method]) for op in operations]
-    routes += [Route("/", page("page")), Route("/docs", page("docs")), Route("/openapi.json", described)]
-    app: ASGIApp = Guard(Router(routes, redirect_slashes=False), endpoint.args, Keys.load(endpoint.args), echo)
+    routes: Routes = {"/": {"GET": page("page")}, "/docs": {"GET": page("docs")}, "/openapi.json": {"GET": described}}
+    for op in operations:
+        routes.setdefault(op.path, {})[op.method] = counted(op)
+    app: ASGIApp = Guard(Table(routes), endpoint.args, Keys.load(endpoint.args), echo)
     if endpoint.args.cors_origins:
         app = CORSMiddleware(
             app,
