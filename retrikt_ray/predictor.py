@@ -182,8 +182,7 @@ class Predictor:
         view: of the knowledge to answer from, default: today's; clock: called with the name of each phase when it has ended.
         """
         texts, view, m = list(texts), view or self.knowledge.view, self.mixture
-        answers, vectors = (x.numpy() for x in self.student.encode(texts))
-        clock("encode")
+        answers, vectors = (x.numpy() for x in self.student.encode(texts, clock=clock))
         dense = view.search(vectors, m.k) if m.dense or evidence else None
         clock("dense")
         lexical = view.search_words(texts, m.lexical_k) if m.lexical or evidence else None

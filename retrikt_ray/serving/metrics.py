@@ -33,7 +33,7 @@ class Metrics:
         )
         self.phases = Histogram(
             "retrikt_phase_seconds",
-            "Time of a batch by phase: queue (of its oldest request), encode, dense, lexical, ngrams, mix, write.",
+            "Time of a batch by phase: queue (of its oldest request), tokenise, student, dense, lexical, ngrams, mix, write.",
             ["phase"],
             buckets=SECONDS,
             registry=own,
@@ -42,8 +42,11 @@ class Metrics:
         self.texts = Counter("retrikt_texts_total", "Texts answered.", registry=own)
         self.unlike = Counter("retrikt_unlike_texts_total", f"Texts whose nearest row has a similarity below {UNKNOWN}.", registry=own)
         self.searched = Counter("retrikt_searched_texts_total", "Texts whose nearest rows were looked up.", registry=own)
+        self.sampled = Counter(
+            "retrikt_sampled_texts_total", "Texts of which it was counted which voice decided: a batch a second.", registry=own
+        )
         self.decided = Counter(
-            "retrikt_decided_total", "Texts by the voice that decided: without it the label would be another one.", ["voice"], registry=own
+            "retrikt_decided_total", "Sampled texts by each voice without which the label would be another one.", ["voice"], registry=own
         )
         self.edits = Counter("retrikt_edits_total", "Edits over HTTP.", ["kind"], registry=own)
         self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", **newest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ class Opened:
 
         Raises ArtifactError and ConfigError as Predictor does, and where clients would have to ask otherwise.
         """
-        self.run, self.metrics, self.sampled = run, metrics, 0.0
+        self.run, self.metrics, self.sampled = run, metrics, float("-inf")
         self.seals = seals(run)
         # Thread counts of OpenMP belong to a thread, and fast tokenizers are not for two threads at once: one thread opens and answers.
         self.worker = ThreadPoolExecutor(1, "predictor")
@@ -100,6 +101,9 @@ class Opened:
         if every.dense is not None:
             self.metrics.searched.inc(len(texts))
             self.metrics.unlike.inc(int((every.dense.scores[:, :1] < UNKNOWN).all(1).sum()))
+        if time.monotonic() - self.sampled > SAMPLED_S:
+            self.sampled = time.monotonic()
+            self.count_decisions(every)
         out: list[Any] = []
         low = 0
         for job in jobs:
@@ -108,12 +112,21 @@ class Opened:
             out += self.explanations(part) if job.kind == "explain" else [self.scores(answer, *job.asked) for answer in part.answers]
         return out
 
+    def count_decisions(self, every: Prediction) -> None:
+        """Count the voices without which a label would be another one, and the texts that were asked about."""
+        own = every.told < 0
+        if every.answers.shape[1] == 1 or not own.any():
+            return
+        self.metrics.sampled.inc(int(own.sum()))
+        labels = every.answers[own].argmax(1)
+        for name, others in every.without_voices.items():
+            heard = ~np.isnan(others[own]).any(1)
+            self.metrics.decided.labels(name).inc(int((others[own].argmax(1) != labels)[heard].sum()))
+
     def answered(self, job: Job, texts: list[Text], clock: Clock) -> Any:
         """Vectors of the texts, or their rows: the nearest; those that share most words; or, hybrid, both apart."""
         if job.kind == "embed":
-            vectors = self.predictor.student.encode(texts)[1].tolist()
-            clock("encode")
-            return vectors
+            return self.predictor.student.encode(texts, clock=clock)[1].tolist()
         asked: RetrieveBody = job.asked
         where, view = {"label": asked.label, "source": asked.source}, self.predictor.knowledge.view
         sides: dict[str, list[Any]] = {}
@@ -146,9 +159,6 @@ class Opened:
             rows = part.without_rows(i)
             best = int(answer.argmax())
             left = {name: None if np.isnan(others[i]).any() else self.scores(others[i]) for name, others in without.items()}
-            for name, scores in left.items():
-                if part.told[i] < 0 and scores and len(answer) > 1 and scores[0]["label"] != self.scores(answer, 1)[0]["label"]:
-                    self.metrics.decided.labels(name).inc()
             shown = {
                 side: [
                     record | {"without": self.scores(rows[record["id"]], 1)[0] | {"change": float(rows[record["id"]][best] - answer[best])}}
@@ -216,6 +226,8 @@ def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Pre
     import torch
 
     torch.set_num_threads(args.threads)
+    # Its own threads would take what others were promised: one thread is what a replica of one CPU has.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false" if args.threads == 1 else "true"
     folder = Folder.at(run)
     if folder.is_local:
         folder = Folder.at(Path(folder.uri).resolve())  # a link may lead elsewhere later
