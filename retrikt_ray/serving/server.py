@@ -28,29 +28,21 @@ from retrikt_ray.serving.app import build_app, is_loopback
 from retrikt_ray.serving.args import ServeArgs, parse_args
 
 APP = "retrikt"
-FAULT = """HTTP/1.1 503 Service Unavailable\r
-content-type: application/json\r
-cache-control: no-store\r
-retry-after: 1\r
-connection: close\r
-\r
-{{"error": "{error}", "code": "{code}", "expected": "the same request a second later{but}"}}
-"""
-FAULTS = {  # what HAProxy answers itself, by the file's name
-    "none": {"error": "no replica could be reached", "code": "overloaded", "but": ""},
-    "lost": {
-        "error": "the replica ended, or did not end, while it worked on this",
-        "code": INTERRUPTED,
-        "but": "; an edit may have been made",
-    },
+AGAIN = "the same request a second later"
+FAULTS = {  # what HAProxy answers itself, by what it would have answered: status, what was found, its code, what is expected
+    400: ("400 Bad Request", "the head of the request is too long, or not HTTP", "bad_request", "a head of at most 15 kB"),
+    408: ("408 Request Timeout", "the head of the request has not come in time", "slow_request", "a head that is sent at once"),
+    502: ("503 Service Unavailable", "the replica ended while it worked on this", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
+    503: ("503 Service Unavailable", "no replica could be reached", "overloaded", AGAIN),
+    504: ("503 Service Unavailable", "the replica has not answered in time", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
 }
 # Ray writes HAProxy's configuration and starts it by this name, with `-db -f FILE`. What is taken out listens on all interfaces (statistics,
 # figures) or writes down what was asked (logs); a request's head must come in time; without a replica the answer is JSON with Retry-After.
 HAPROXY = r"""#!/bin/sh
 # $1 -db, $2 -f, $3 the configuration, then what else Ray says.
 sed -e '/^frontend prometheus/,/^frontend http_frontend/{{/^frontend http_frontend/!d}}' -e '/^listen stats/,$d' \
-  -e '/^ *log .* local[01] /d' -e '/^ *log-format-sd /d' -e 's/^defaults$/&\n    timeout http-request {deadline}s/' \
-  -e '/^ *errorfile /d' -e 's|^ *balance .*|&\n    errorfile 502 {lost}\n    errorfile 503 {none}\n    errorfile 504 {lost}|' \
+  -e '/^ *log .* local[01] /d' -e '/^ *log-format-sd /d' -e 's|^defaults$|&\n    timeout http-request {deadline}s{errorfiles}|' \
+  -e '/^ *errorfile /d' \
   -e 's/^    bind 127[.]0[.]0[.]1:{port}$/{binds}/' "$3" > "$3.bound" || exit 1
 config="$3.bound"
 shift 3
@@ -90,11 +82,11 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
     asked = f"    bind {shown}:{port}"
     binds = asked if host in ("127.0.0.1", "0.0.0.0") else f"    bind 127.0.0.1:{port}\\n{asked} {'v6only' * (family == socket.AF_INET6)}"
     (home / "metrics").mkdir()
-    for name, words in FAULTS.items():
-        (home / name).write_text(FAULT.format(**words), newline="")
+    for code, fault in FAULTS.items():
+        (home / f"{code}.http").write_bytes(as_http(*fault))
     script = HAPROXY.format(
         deadline=max(1, round(deadline_s)),
-        **{name: home / name for name in FAULTS},
+        errorfiles="".join(f"\\n    errorfile {code} {home}/{code}.http" for code in FAULTS),
         port=port,
         binds=binds,
         haproxy=shlex.quote(str(get_haproxy_binary())),
@@ -115,6 +107,13 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody takes over from a server that stops
         metrics.FOLDER: str(home / "metrics"),
     }
+
+
+def as_http(status: str, error: str, code: str, expected: str) -> bytes:
+    """An answer as it goes over the wire."""
+    again = "retry-after: 1\r\n" if status.startswith("503") else ""
+    body = json.dumps({"error": error, "code": code, "expected": expected})
+    return f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\n{again}connection: close\r\n\r\n{body}\n".encode()
 
 
 def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:

@@ -139,7 +139,7 @@ class Live:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     run, port = str(make_run(tmp_path_factory.mktemp("runs") / "run")), free_port()
-    limits = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000}
+    limits: dict[str, Any] = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000, "deadline_s": 4}
     home = Path(tempfile.mkdtemp(prefix="serving-"))  # Ray's sockets want a short path
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(home)}
     args = [f"{key}={value}" for key, value in {**limits, "shard_actors": 2}.items()]
@@ -212,6 +212,53 @@ def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
     ):
         answer, here = live.client.post(path, content=content, headers=headers), live.here.send(content, path[1:], headers)
         assert (answer.status_code, answer.json(), answer.headers["content-type"]) == (here.status_code, here.json(), "application/json")
+
+
+def raw(live: Live, pieces: Iterator[bytes]) -> tuple[int, dict[str, str], Any]:
+    """What is answered to bytes as they are: status, headers, JSON. What the server no longer reads is not sent."""
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=30) as sender:
+        try:
+            for piece in pieces:
+                sender.sendall(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        answer = b""
+        while True:
+            try:
+                piece = sender.recv(65536)
+            except ConnectionResetError:
+                break
+            answer += piece
+            head, gap, body = answer.partition(b"\r\n\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:]) if gap else {}
+            if not piece or (gap and len(body) == int(headers.get("content-length", -1))):
+                break
+    return int(answer.split()[1]), headers, json.loads(body)
+
+
+def test_hostile_senders(live: Live) -> None:
+    """Bodies of 100 MB, announced and not; heads that are too long, no HTTP, or never end; bodies that never end; all at once."""
+    start = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    megabyte = b"%x\r\n%b\r\n" % (2**20, b"a" * 2**20)
+
+    def never() -> Iterator[bytes]:
+        yield start + b"Content-Length: 100\r\n\r\n{"
+
+    senders: list[tuple[Iterator[bytes], int, str]] = [
+        (iter([start + b"Content-Length: 100000000\r\n\r\n", *[b"a" * 2**20] * 100]), 413, "too_large"),
+        (iter([start + b"Transfer-Encoding: chunked\r\n\r\n", *[megabyte] * 100]), 413, "too_large"),
+        (iter([start, *(b"X-Header-%d: a\r\n" % i for i in range(5000)), b"\r\n"]), 400, "bad_request"),
+        (iter([start + b"X-Header: " + b"a" * 2**20 + b"\r\n\r\n"]), 400, "bad_request"),
+        (iter([b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"]), 400, "bad_request"),
+        (iter([start]), 408, "slow_request"),
+        (never(), 408, "slow_request"),
+    ]
+    with ThreadPoolExecutor(len(senders)) as pool:
+        answers = list(pool.map(lambda sender: raw(live, sender[0]), senders))
+    for (_, status, code), (found, headers, body) in zip(senders, answers, strict=True):
+        assert (found, body["code"]) == (status, code) and {"error", "expected"} <= body.keys()
+        assert headers["content-type"] == "application/json" and "set-cookie" not in headers
+    assert live.post("predict", {"inputs": "a fine film"}).status_code == 200
 
 
 def test_requests_at_the_same_time(live: Live) -> None:

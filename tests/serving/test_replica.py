@@ -269,6 +269,16 @@ def test_strange_texts_are_answered(single: Replica, text: str) -> None:
         assert single.post(route, {"inputs": text}).status_code == 200
 
 
+def test_a_text_of_a_million_words(run: str) -> None:
+    text = "film " * 1_000_000
+    with replica(run, max_body_bytes=10**7) as opened:
+        assert opened.post("predict", {"inputs": text}).status_code == 413
+        cut = opened.post("predict", {"inputs": text, "truncate": True})
+        assert (cut.status_code, cut.json()) == (200, opened.post("predict", {"inputs": text[:20_000]}).json())
+    with replica(run, max_body_bytes=10**7, max_text_chars=10**7) as opened:
+        assert opened.post("predict", {"inputs": text}).status_code == 200
+
+
 def test_info(single: Replica, predictor: Predictor) -> None:
     info = single.get("/info").json()
     assert info == predictor.info() | {"refused": None, "version": __version__, "limits": LIMITS | {"deadline_s": 10}}

@@ -49,6 +49,10 @@ Rows = Annotated[
 ]
 
 
+# Either way of writing it is taken; two names that differ in case alone are too much for generators of clients.
+Direction = Annotated[Literal["right", "Right"], WithJsonSchema({"type": "string", "enum": ["Right"]})]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -62,7 +66,7 @@ class Body(Strict):
     truncate: bool | None = Field(
         None, strict=True, description="Cut texts that are longer than the server takes, instead of refusing them."
     )
-    truncation_direction: Literal["right", "Right"] | None = Field(None, description="The end that is cut.")
+    truncation_direction: Direction | None = Field(None, description="The end that is cut.")
 
 
 class Parameters(Strict):
