@@ -189,7 +189,7 @@ class Clock:
 
     def __call__(self, phase: str) -> None:
         now = time.perf_counter()
-        self.metrics.phases.labels(phase).observe(now - self.since)
+        self.metrics.phase[phase].observe(now - self.since)
         self.since = now
 
 
