@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -19,8 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
 from retrikt_ray.serving.api import edits
-from retrikt_ray.serving.api.guard import Guard, Keys, needed, route_of
-from retrikt_ray.serving.api.reading import CODES, Refusal, read_body, texts_of_inputs
+from retrikt_ray.serving.api.description import Handle, Operation, openapi
+from retrikt_ray.serving.api.guard import Guard, Keys, route_of
+from retrikt_ray.serving.api.reading import Refusal, read_body, texts_of_inputs
 from retrikt_ray.serving.api.wire import (
     Body,
     DeleteBody,
@@ -33,7 +31,6 @@ from retrikt_ray.serving.api.wire import (
     PredictBody,
     Preview,
     PreviewBody,
-    Problem,
     PutBody,
     RetrieveBody,
     Scores,
@@ -56,22 +53,7 @@ IF_MATCH = {
 
 
 ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-Handle = Callable[[Request], Awaitable[Response]]
 Routes = dict[str, dict[str, Handle]]  # by path and method
-
-
-@dataclass(frozen=True)
-class Operation:
-    """A route with one method. Its description is the docstring of what handles it."""
-
-    method: str
-    path: str
-    handle: Handle
-    answer: Any  # type of the JSON of a 200
-    body: type[Strict] | None = None
-    examples: dict[str, Any] = field(default_factory=dict)
-    statuses: tuple[int, ...] = ()  # beside 200, 401 and 500
-    parameters: tuple[dict[str, Any], ...] = ()
 
 
 class Api:
@@ -220,45 +202,6 @@ def answered(answers: Answers, many: bool) -> Response:
 
 def versioned(answer: dict[str, Any]) -> Response:
     return JSONResponse(answer, headers={"ETag": f'"{answer["version"]}"'})
-
-
-def openapi(operations: list[Operation]) -> dict[str, Any]:
-    """The description of the API."""
-    types: dict[Any, TypeAdapter[Any]] = {(op.method, op.path, "answer"): TypeAdapter(op.answer) for op in operations}
-    types |= {(op.method, op.path, "body"): TypeAdapter(op.body) for op in operations if op.body} | {"problem": TypeAdapter(Problem)}
-    schemas, whole = TypeAdapter.json_schemas(
-        [(key, "validation", adapter) for key, adapter in types.items()], ref_template="#/components/schemas/{model}"
-    )
-    by_key: dict[Any, Any] = {key: schema for (key, _), schema in schemas.items()}
-    paths: dict[str, Any] = {}
-    for op in operations:
-        kind = "text/plain" if op.path == "/metrics" else "application/json"
-        responses = {"200": {"description": "The answer.", "content": {kind: {"schema": by_key[op.method, op.path, "answer"]}}}}
-        for status in sorted({*op.statuses, 500, *([401] if needed(op.method, op.path) else [])}):
-            responses[str(status)] = {"description": CODES[status], "content": {"application/json": {"schema": by_key["problem"]}}}
-        text = op.handle.__doc__ or ""
-        name = op.path.strip("/").replace("/", "_") or "inference"
-        described: dict[str, Any] = {
-            "operationId": name if op.method in ("GET", "POST") else f"{op.method.lower()}_{name}",
-            "summary": text.partition(".")[0].partition(":")[0],
-            "description": text,
-            "responses": responses,
-        }
-        if op.parameters:
-            described["parameters"] = list(op.parameters)
-        if op.body:
-            content = {"schema": by_key[op.method, op.path, "body"], "examples": {k: {"value": v} for k, v in op.examples.items()}}
-            described["requestBody"] = {"required": op.method != "DELETE", "content": {"application/json": content}}
-        if needed(op.method, op.path):
-            described["security"] = [{"key": []}, {}]
-        paths.setdefault(op.path, {})[op.method.lower()] = described
-    scheme = {"key": {"type": "http", "scheme": "bearer", "description": "A key, where the server has keys; edits need a write key."}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "retrikt", "version": __version__},
-        "paths": paths,
-        "components": {"schemas": whole["$defs"], "securitySchemes": scheme},
-    }
 
 
 def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
