@@ -214,11 +214,8 @@ def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
 
 
 def seals(run: str) -> list[Any]:
-    """Of what the stages made: changes when it is made anew. None for what is not complete, or cannot be reached."""
-    try:
-        return [(Folder.at(run) / name).signature(MANIFEST) for name in ("task", "student", "store", "index")]
-    except OSError:
-        return [None]
+    """Of what the stages made: changes when it is made anew. None for what is not complete."""
+    return [(Folder.at(run) / name).signature(MANIFEST) for name in ("task", "student", "store", "index")]
 
 
 def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Predictor:

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from retrikt_ray.predictor import Predictor
@@ -92,6 +93,7 @@ class Endpoint:
         self.swapping = threading.Lock()
         self.refused: str | None = None  # why the run that was last offered is not the one that answers
         self.opened = Opened(self.args.run, self.args, self.metrics)
+        self.metrics.taken.labels(self.predictor.release).set_to_current_time()
         if self.args.reload:
             threading.Thread(target=self.watch, daemon=True).start()
 
@@ -149,22 +151,25 @@ class Endpoint:
         """Go on as before."""
         known = isinstance(error, ArtifactError | ConfigError | OSError)
         logger.error(f"refused to take over {run}: {error}", exc_info=not known)
-        self.refused = str(error).replace(run, "the run") if known else type(error).__name__
+        self.refused = str(error).replace(str(Path(run).resolve()), "the run").replace(run, "the run") if known else type(error).__name__
         self.metrics.swap_refused()
 
     def watch(self) -> None:
         """Take over the run that answers when it was made anew and is complete; one that was refused is tried again, since files may follow."""
         tried: list[Any] = []
-        again = 0.0
+        seen, again = self.opened.seals, 0.0
         while True:
             time.sleep(LOOK_S)
-            run, now = self.opened.run, seals(self.opened.run)
-            if now == self.opened.seals and tried:  # what was refused was taken back
+            opened, before = self.opened, seen
+            try:
+                seen = seals(opened.run)
+            except Exception as error:  # of a store that cannot be reached for now
+                logger.error(f"cannot look at {opened.run}: {error}")
+                continue
+            if seen == opened.seals and tried:  # what was refused was taken back
                 tried, self.refused = [], None
                 self.metrics.refused.set(0)
-            if now == self.opened.seals or None in now or (now == tried and time.monotonic() < again):
-                continue
-            time.sleep(LOOK_S)  # stages follow each other: a new student, and in a moment a new index
-            if seals(run) == now and run == self.opened.run:
-                tried, again = now, time.monotonic() + AGAIN_S
-                self.swap(run)
+            new = seen != opened.seals and None not in seen and (seen != tried or time.monotonic() > again)
+            if new and seen == before:  # it has stood for a while: a new student is followed by a new index
+                tried, again = seen, time.monotonic() + AGAIN_S
+                self.swap(opened.run)

@@ -116,6 +116,11 @@ def test_edits_go_to_the_run_that_answers(runs: tuple[str, str], tmp_path: Path)
         answer = opened.request("PUT", "/knowledge", json={"rows": [row]}, headers={"If-Match": f'"{version}"'})
         assert (answer.status_code, answer.json()["error"]) == (412, "the edit was made for another run than the one that answers")
         assert opened.request("PUT", "/knowledge", json={"rows": [row]}).json()["version"] == f"{opened.predictor.release}.1"
+        knowledge = opened.predictor.knowledge
+        inner = knowledge.preview
+        knowledge.preview = lambda *args: (opened.endpoint.swap(one), inner(*args))[1]  # type: ignore[method-assign]
+        answer = opened.request("POST", "/knowledge/preview", json={"rows": [row], "inputs": "a film"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     assert (Predictor.open(one).knowledge.view.version, Predictor.open(two).knowledge.view.version) == (1, 1)
 
 

@@ -108,6 +108,8 @@ async def preview(endpoint: Endpoint, rows: list[Any], ids: list[str], texts: li
     limit(endpoint, ids, "ids")
     opened = endpoint.opened
     now, then = await edited(endpoint, opened, lambda: opened.predictor.knowledge.preview(rows, ids))
+    if endpoint.opened is not opened:
+        raise Refusal(503, "another run has taken over meanwhile", "the same request a second later", {"Retry-After": "1"})
 
     def work() -> tuple[Prediction, Prediction]:
         with opened.predictor.knowledge.lock:
