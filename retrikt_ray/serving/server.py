@@ -29,9 +29,7 @@ from retrikt_ray.serving.args import ServeArgs, parse_args
 
 APP = "retrikt"
 AGAIN = "the same request a second later"
-FAULTS = {  # what HAProxy answers itself, by what it would have answered: status, what was found, its code, what is expected
-    400: ("400 Bad Request", "the head of the request is too long, or not HTTP", "bad_request", "a head of at most 15 kB"),
-    408: ("408 Request Timeout", "the head of the request has not come in time", "slow_request", "a head that is sent at once"),
+FAULTS = {  # what HAProxy answers to a request, by what it would have answered: status, what was found, its code, what is expected
     502: ("503 Service Unavailable", "the replica ended while it worked on this", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
     503: ("503 Service Unavailable", "no replica could be reached", "overloaded", AGAIN),
     504: ("503 Service Unavailable", "the replica has not answered in time", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
@@ -111,9 +109,8 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
 
 def as_http(status: str, error: str, code: str, expected: str) -> bytes:
     """An answer as it goes over the wire."""
-    again = "retry-after: 1\r\n" if status.startswith("503") else ""
     body = json.dumps({"error": error, "code": code, "expected": expected})
-    return f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\n{again}connection: close\r\n\r\n{body}\n".encode()
+    return f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}\n".encode()
 
 
 def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:
