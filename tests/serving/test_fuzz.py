@@ -37,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize(
     "cases",
     [
-        pytest.param(260, id="short"),
+        pytest.param(130, id="short"),
         pytest.param(int(os.environ.get("FUZZ_CASES", "10000")), id="long", marks=[pytest.mark.bench, pytest.mark.timeout(0)]),
     ],
 )
