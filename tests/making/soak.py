@@ -209,8 +209,12 @@ class Soak:
                 assert answer is None or all(abs(a["score"] - want[a["label"]]) < 1e-5 for a in answer)
 
     def growth(self) -> dict[int, tuple[float, float]]:
-        """MB of each replica that lived for a minute: when it had settled, and at its end."""
-        return {pid: (statistics.median(mb[20:30]), statistics.median(mb[-10:])) for pid, mb in self.memory.items() if len(mb) >= 60}
+        """MB of each replica that was seen often: when it had settled, and at its end."""
+        return {
+            pid: (statistics.median(mb[len(mb) // 4 : len(mb) // 2]), statistics.median(mb[-10:]))
+            for pid, mb in self.memory.items()
+            if len(mb) >= 20
+        }
 
 
 def near(one: Any, other: Any) -> bool:

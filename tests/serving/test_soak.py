@@ -27,4 +27,5 @@ def test_soak(tmp_path: Path, seconds: float, every: float, writes: int) -> None
     print(f"{len(soak.seen):,} answers of {len({version for version, *_ in soak.seen})} versions compared")
     soak.check()
     assert len({version.partition(".")[0] for version, *_ in soak.seen}) == 2
-    assert all(end - settled < GROWTH_MB for settled, end in growth.values()), growth
+    if seconds >= 300:  # else nothing has settled
+        assert growth and all(end - settled < GROWTH_MB for settled, end in growth.values()), growth
