@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-reinforce bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
-  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults drill-autoscale drill-nodes clean
+  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -40,6 +40,14 @@ test: install-dev ## All tests but the slow and GPU ones, two files at a time
 
 test-slow: install-dev ## The slow tests
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)-openapi/.done: # an environment of its own: it asks for another typer than the hub's client
+	$(PYTHON) -m venv $(VENV)-openapi
+	$(VENV)-openapi/bin/pip install -q openapi-python-client==0.29.1
+	@touch $@
+
+test-openapi: install-dev $(VENV)-openapi/.done ## A client generated from /openapi.json, used
+	$(BIN)/python -m pytest -m slow tests/serving/test_generated.py
 
 test-gpu: install-dev ## The tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -122,8 +130,15 @@ drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a no
 bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
 	$(BIN)/python -m jobs.bench_serve $(RUN)
 
+bench-fuzz: install-dev ## 10,000 requests made up from the API's description, good and bad (schemathesis): no failure, no status it does not name
+	$(BIN)/python -m pytest -m bench -s tests/serving/test_fuzz.py
+
+SOAK_S ?= 900
+soak: install-dev ## SOAK_S seconds of mixed load; in turn a replica killed, runs swapped, 1,000 writes, a flood, a damaged run: nothing fails
+	SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -m bench -s tests/serving/test_soak.py
+
 bench-faults: install-dev ## 200 SIGKILLs while editing, 500 damaged index folders, 30 SIGKILLs while generating
 	$(BIN)/python -m pytest -m bench -s tests/knowledge/test_faults.py tests/store/test_faults.py
 
 clean: ## Remove the environment and the runs
-	rm -rf $(VENV) $(VENV)-autofaiss runs
+	rm -rf $(VENV) $(VENV)-autofaiss $(VENV)-openapi runs

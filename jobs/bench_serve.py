@@ -2,8 +2,9 @@
 
     python -m jobs.bench_serve runs/quickstart
 
-Three servers, loaded in turn from another process in each of five rounds; medians are told. `retrikt serve`; a bare Serve ingress with
-the same settings, whose answer is a constant of the same size; and the same routes and predictor in plain uvicorn, without Ray.
+Servers, loaded in turn from another process in each of five rounds; medians are told. `retrikt serve`, and with two replicas; a bare Serve ingress
+with the same settings, whose answer is a constant of the same size; that constant behind our routes, keys, limits and counting, which is the
+part that is not the answer; and the same routes and predictor in plain uvicorn, without Ray.
 """
 
 from __future__ import annotations
@@ -23,46 +24,87 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 4.0, 2.0, 32
-SYSTEMS = ("retrikt", "bare", "uvicorn")
+ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 3.0, 2.0, 32
+SYSTEMS = ("retrikt", "two replicas", "bare", "routes", "uvicorn")
 
 
-def bare(run: str, port: int, size: int) -> None:
-    """A Serve ingress that answers a constant of `size` bytes, with the settings of `retrikt serve`."""
-    from retrikt_ray.serving.app import address_of, environment
+def serving(port: int, deployment: Callable[[], Any]) -> None:
+    """A Serve app with the settings of `retrikt serve`, until the end of the input. deployment: made once Ray may be imported."""
+    from retrikt_ray.serving.server import address_of, environment
 
     home = Path(tempfile.mkdtemp(prefix="bench-", dir="/tmp"))
     os.environ.update(environment(home, address_of("127.0.0.1", port), 10))
-    from fastapi import FastAPI
     from ray import serve
-    from starlette.responses import Response
 
     from retrikt_ray.runtime import cluster
 
-    api, body = FastAPI(), b"x" * size
-
-    @serve.deployment(max_ongoing_requests=400, logging_config={"enable_access_log": False})
-    @serve.ingress(api)
-    class Bare:
-        @api.post("/predict")
-        async def predict(self) -> Response:
-            return Response(body, media_type="application/json")
-
     cluster.connect()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    serve.run(Bare.bind(), name="bare")
+    options = {"max_ongoing_requests": 400, "logging_config": {"enable_access_log": False}}
+    serve.run(serve.deployment(**options)(deployment()).bind(), name="bench")
     try:
         sys.stdin.read()
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
+def bare(run: str, port: int, size: int) -> None:
+    """An ingress that answers a constant of `size` bytes."""
+
+    def deployment() -> Any:
+        from fastapi import FastAPI
+        from ray import serve
+        from starlette.responses import Response
+
+        api, body = FastAPI(), b"x" * size
+
+        @serve.ingress(api)
+        class Bare:
+            @api.post("/predict")
+            async def predict(self) -> Response:
+                return Response(body, media_type="application/json")
+
+        return Bare
+
+    serving(port, deployment)
+
+
+def routes(run: str, port: int, size: int) -> None:
+    """Our routes over nothing: requests are read and checked, counted and answered with a constant of `size` bytes."""
+
+    def deployment() -> Any:
+        from types import SimpleNamespace
+
+        from ray import serve
+
+        from retrikt_ray.serving.api.routes import build_api
+        from retrikt_ray.serving.args import ServeArgs
+        from retrikt_ray.serving.metrics import Metrics
+        from retrikt_ray.serving.opened import Answers, Job
+        from retrikt_ray.serving.replica import Endpoint
+
+        class Constant(Endpoint):
+            def __init__(self) -> None:
+                self.args, self.metrics, self.active = ServeArgs(run=run, open="write"), Metrics(), 0
+                self.opened: Any = SimpleNamespace(predictor=SimpleNamespace(task=SimpleNamespace(pair=False)))
+
+            async def ask(self, job: Job) -> Answers:
+                return Answers(["x" * (size - 2)] * len(job.texts), "x.0")
+
+            def __serve_build_asgi_app__(self) -> Any:
+                return build_api(self, echo=False)
+
+        return serve.ingress()(Constant)
+
+    serving(port, deployment)
+
+
 def plain(run: str, port: int, size: int) -> None:
     """The routes of `retrikt serve` in uvicorn."""
     import uvicorn
 
+    from retrikt_ray.serving.api.routes import build_api
     from retrikt_ray.serving.replica import Endpoint
-    from retrikt_ray.serving.routes import build_api
 
     uvicorn.run(build_api(Endpoint({"run": run, "open": "write"})), host="127.0.0.1", port=port, log_level="error", access_log=False)
 
@@ -70,9 +112,10 @@ def plain(run: str, port: int, size: int) -> None:
 @contextmanager
 def running(system: str, run: str, port: int, size: int) -> Iterator[None]:
     """A server, until it answers; ended by its end of input, or a signal."""
+    ours = {"retrikt": [], "two replicas": ["replicas=2"]}
     command = (
-        ["-m", "retrikt_ray", "serve", run, "--port", str(port)]
-        if system == "retrikt"
+        ["-m", "retrikt_ray", "serve", run, "--port", str(port), *ours[system]]
+        if system in ours
         else ["-m", "jobs.bench_serve", system, run, str(port), str(size)]
     )
     process = subprocess.Popen([sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -167,7 +210,7 @@ def texts_of(run: str) -> list[str]:
 
 def main(run: str) -> None:
     from retrikt_ray.predictor import Predictor
-    from retrikt_ray.serving.app import free_port
+    from retrikt_ray.serving.server import free_port
 
     predictor = Predictor.open(run)
     found = predictor.predict("a text").view.task.labels
@@ -186,14 +229,16 @@ def main(run: str) -> None:
     print(
         f"{rows:,} rows, {os.cpu_count()} CPUs, load of {os.getloadavg()[0]:.1f} at the end; medians of {ROUNDS}, lowest and highest in brackets"
     )
-    print(f"{'':10}{f'requests/s at {CONNECTIONS} connections':>40}{'p50 at one, ms':>30}")
+    print(f"{'':14}{f'requests/s at {CONNECTIONS} connections':>40}{'p50 at one, ms':>30}")
     for system in SYSTEMS:
         told = [f"{statistics.median(x):.{d}f} ({min(x):.{d}f}-{max(x):.{d}f})" for x, d in ((qps[system], 0), (p50[system], 2))]
-        print(f"{system:10}{told[0]:>40}{told[1]:>30}")
-    ratios = [a / b for a, b in zip(qps["retrikt"], qps["bare"], strict=True)]
-    print(
-        f"of the bare ingress: {statistics.median(ratios):.2f} of its requests/s, {statistics.median(p50['retrikt']) - statistics.median(p50['bare']):+.2f} ms"
-    )
+        print(f"{system:14}{told[0]:>40}{told[1]:>30}")
+    for system in SYSTEMS:
+        ratios = [a / b for a, b in zip(qps[system], qps["bare"], strict=True)]
+        more = statistics.median(p50[system]) - statistics.median(p50["bare"])
+        print(
+            f"{system:14} of the bare ingress: {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) of its requests/s, {more:+.2f} ms"
+        )
 
 
 if __name__ == "__main__":
@@ -205,5 +250,5 @@ if __name__ == "__main__":
             many, length = last.split(":")
             print(json.dumps(load(int(port_text), [request(t) for t in texts_of(run_path)], int(many), float(length))))
         else:
-            serving: Callable[[str, int, int], None] = {"bare": bare, "uvicorn": plain}[what]
-            serving(run_path, int(port_text), int(last))
+            serve_it: Callable[[str, int, int], None] = {"bare": bare, "routes": routes, "uvicorn": plain}[what]
+            serve_it(run_path, int(port_text), int(last))

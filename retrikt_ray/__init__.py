@@ -1,6 +1,6 @@
 """retrikt_ray: retrieval-based knowledge transfer from a large language model to a tiny student, on Ray.
 
-    from retrikt_ray import run, RunConfig, Predictor, Knowledge
+    from retrikt_ray import run, RunConfig, Predictor, Knowledge, Client, AsyncClient
 
 The names are loaded when they are first used: importing the package imports neither torch nor Ray.
 """
@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retrikt_ray.client import AsyncClient, Client
     from retrikt_ray.config import RunConfig
     from retrikt_ray.knowledge.knowledge import Knowledge
     from retrikt_ray.pipeline import run
@@ -20,8 +21,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Knowledge", "Predictor", "RunConfig", "run"]
+__all__ = ["AsyncClient", "Client", "Knowledge", "Predictor", "RunConfig", "run"]
 HOMES = {
+    "AsyncClient": "retrikt_ray.client",
+    "Client": "retrikt_ray.client",
     "Knowledge": "retrikt_ray.knowledge.knowledge",
     "Predictor": "retrikt_ray.predictor",
     "RunConfig": "retrikt_ray.config",

@@ -277,13 +277,14 @@ main.add_command(store)
 @click.argument("run_uri", metavar="RUN")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8000, show_default=True)
+@click.option("--reload", is_flag=True, help="Watch RUN, and answer from it anew when its stages have made it anew.")
 @click.argument("arguments", nargs=-1, metavar="[key=value]...")
-def serve(run_uri: str, host: str, port: int, arguments: tuple[str, ...]) -> None:
+def serve(run_uri: str, host: str, port: int, reload: bool, arguments: tuple[str, ...]) -> None:
     """Serve student and retrieval over HTTP, with a page to try it."""
     from retrikt_ray.config import override
-    from retrikt_ray.serving.app import serve_run
+    from retrikt_ray.serving.server import serve_run
 
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = {"reload": True} if reload else {}
     for item in arguments:
         override(args, item)
     serve_run(run_uri, host, port, args)

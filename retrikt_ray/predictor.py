@@ -21,7 +21,7 @@ from retrikt_ray.index.ngrams import Spoken
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.knowledge.view import Hits, Neighbour, Opener, Places, View
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
 from retrikt_ray.task.texts import Text, read_texts, shown
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ MOST_SPOKEN = 8  # n-grams of a text that are named
 
 def votes_of(hits: Hits | None) -> Votes | None:
     return None if hits is None else Votes(hits.scores, hits.labels)
+
+
+def release_of(places: Places) -> str:
+    """12 hex digits that tell what the stages of a run have made from what other stages have, whatever was edited since."""
+    return digest([check(folder, only=[]).content for folder in (places.task, places.student, places.store, places.index)])[:12]
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,8 @@ class Prediction:
 class Predictor:
     """Student and knowledge of a run, opened for answering."""
 
-    def __init__(self, student: Student, knowledge: Knowledge, mixture: Mixture) -> None:
-        self.student, self.knowledge, self.mixture = student, knowledge, mixture
+    def __init__(self, student: Student, knowledge: Knowledge, mixture: Mixture, release: str) -> None:
+        self.student, self.knowledge, self.mixture, self.release = student, knowledge, mixture, release
         self.task = knowledge.task
 
     @staticmethod
@@ -147,6 +152,7 @@ class Predictor:
         """Open what lies in these folders, as `open` does."""
         from retrikt_ray.student.model import Student
 
+        release = release_of(places)
         knowledge, index = Knowledge(places, threads, opener), places.index
         if check(index, deep=True, only=["mixture.json"]).inputs["student"] != knowledge.student:
             raise ArtifactError(f"{index}/mixture.json was fitted for another student; run `retrikt index {places.run or 'RUN'}`")
@@ -156,7 +162,10 @@ class Predictor:
             raise ArtifactError(
                 f"{index}/mixture.json is not of this version ({error}); run `retrikt index {places.run or 'RUN'}`"
             ) from None
-        return Predictor(Student.load(str(places.student.local())), knowledge, mixture)
+        student = Student.load(str(places.student.local()))
+        if release_of(places) != release:
+            raise ArtifactError(f"{places.run or places.student} was made anew while it was opened: open it again")
+        return Predictor(student, knowledge, mixture, release)
 
     def predict(self, texts: Any, evidence: bool = True) -> Prediction:
         """Answer a text, a pair ("a text", "its second text"), or a list of such. evidence=False: sides without a vote are not searched.
@@ -173,8 +182,7 @@ class Predictor:
         view: of the knowledge to answer from, default: today's; clock: called with the name of each phase when it has ended.
         """
         texts, view, m = list(texts), view or self.knowledge.view, self.mixture
-        answers, vectors = (x.numpy() for x in self.student.encode(texts))
-        clock("encode")
+        answers, vectors = (x.numpy() for x in self.student.encode(texts, clock=clock))
         dense = view.search(vectors, m.k) if m.dense or evidence else None
         clock("dense")
         lexical = view.search_words(texts, m.lexical_k) if m.lexical or evidence else None
@@ -199,6 +207,7 @@ class Predictor:
             "problem": task.problem,
             "labels": list(task.labels),
             "pair": task.pair,
+            "release": self.release,
             "student": {"kind": self.student.model.config.kind, "parameters": self.student.model.parameter_count},
             "store": {"rows": view.count, "version": view.version},
             "index": {"factory": view.base.card["factory"], "shards": len(view.base.card["shards"]), "width": view.base.card["width"]},

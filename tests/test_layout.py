@@ -32,7 +32,8 @@ MAY_IMPORT = {  # beside itself; a module of the top level is a place of its own
     "export": (*BELOW, "student", "index", "knowledge", "predictor", "report", "__init__"),
     "estimate": ("runtime", "task", "student", "config", "pipeline"),
     "pipeline": ("runtime", "task", "config", "report"),
-    "__init__": ("config", "pipeline", "predictor", "knowledge"),  # the public face
+    "client": ("serving",),  # the types of the API
+    "__init__": ("client", "config", "pipeline", "predictor", "knowledge"),  # the public face
     "store_cli": ("runtime", "task", "store", "index", "knowledge", "predictor", "pipeline"),
     "cli": (
         "runtime",

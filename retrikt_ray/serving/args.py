@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from retrikt_ray.runtime.settings import Section, explain
+from retrikt_ray.runtime.settings import ConfigError, Section, explain
 
 
 class ServeArgs(Section):
@@ -44,6 +45,9 @@ class ServeArgs(Section):
         description="File of keys, a line each: `read KEY` or `write KEY`. Others are taken from the environment, "
         "RETRIKT_READ_KEYS and RETRIKT_WRITE_KEYS, separated by white space. A write key reads, too.",
     )
+    reload: bool = Field(
+        False, description="Look at the run every second, and take over student, store and index when they were made anew and are whole."
+    )
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this server from a browser, such as https://a.org.")
 
     @property
@@ -58,3 +62,20 @@ def parse_args(args: dict[str, Any]) -> ServeArgs:
         return ServeArgs.model_validate(args)
     except ValidationError as error:
         raise explain(error, ServeArgs, "args of the Serve app") from None
+
+
+class Swap(Section):
+    """The `user_config` of a Serve config: what running replicas take over without a restart."""
+
+    run: str = Field(description="Run to answer from in place of `args.run`: an absolute path or URI that every node can read.")
+
+
+def parse_swap(config: Any) -> Swap:
+    """Raises ConfigError that names the unknown or wrong key."""
+    try:
+        found = Swap.model_validate(config)
+    except ValidationError as error:
+        raise explain(error, Swap, "user_config of the Serve app") from None
+    if "://" not in found.run and not os.path.isabs(found.run):
+        raise ConfigError(f"user_config of the Serve app, run: found {found.run!r}, expected an absolute path or a URI")
+    return found

@@ -7,6 +7,7 @@ is asked answers for all. Without it, as on a cluster, a replica answers for its
 from __future__ import annotations
 
 import os
+from typing import Any
 
 FOLDER = "RETRIKT_METRICS_DIR"
 if os.environ.get(FOLDER):  # before the import: it decides then how figures are kept
@@ -17,6 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector  # noqa: E402
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+PHASES = ("queue", "tokenise", "student", "dense", "lexical", "ngrams", "mix", "write")
 UNKNOWN = 0.5  # cosine to the nearest row below which a text is like nothing in the store
 
 
@@ -25,27 +27,47 @@ class Metrics:
 
     def __init__(self) -> None:
         self.own = own = CollectorRegistry()
+        newest: Any = {"registry": own, "multiprocess_mode": "mostrecent"}  # replicas that have ended must not count for ever
         self.requests = Counter("retrikt_requests_total", "Requests answered.", ["route", "status"], registry=own)
         self.seconds = Histogram(
             "retrikt_request_seconds", "From a request's head to its answer.", ["route"], buckets=SECONDS, registry=own
         )
         self.phases = Histogram(
             "retrikt_phase_seconds",
-            "Time of a batch by phase: queue (of its oldest request), encode, dense, lexical, ngrams, mix, write.",
+            "Time of a batch by phase: queue (of its oldest request) and the rest.",
             ["phase"],
             buckets=SECONDS,
             registry=own,
         )
+        self.phase = {name: self.phases.labels(name) for name in PHASES}  # looked up once
         self.batches = Histogram("retrikt_batch_requests", "Requests answered in one pass.", buckets=BATCHES, registry=own)
         self.texts = Counter("retrikt_texts_total", "Texts answered.", registry=own)
         self.unlike = Counter("retrikt_unlike_texts_total", f"Texts whose nearest row has a similarity below {UNKNOWN}.", registry=own)
         self.searched = Counter("retrikt_searched_texts_total", "Texts whose nearest rows were looked up.", registry=own)
+        self.sampled = Counter(
+            "retrikt_sampled_texts_total", "Texts of which it was counted which voice decided: a batch a second.", registry=own
+        )
         self.decided = Counter(
-            "retrikt_decided_total", "Texts by the voice that decided: without it the label would be another one.", ["voice"], registry=own
+            "retrikt_decided_total", "Sampled texts by each voice without which the label would be another one.", ["voice"], registry=own
         )
         self.edits = Counter("retrikt_edits_total", "Edits over HTTP.", ["kind"], registry=own)
-        self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", registry=own, multiprocess_mode="max")
-        self.rows = Gauge("retrikt_knowledge_rows", "Rows of it.", registry=own, multiprocess_mode="mostrecent")
+        self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", **newest)
+        self.rows = Gauge("retrikt_knowledge_rows", "Rows of it.", **newest)
+        self.swaps = Counter(
+            "retrikt_swaps_total", "Runs that were offered in place of the one that answers: taken, refused.", ["outcome"], registry=own
+        )
+        self.refused = Gauge("retrikt_swap_refused", "1 where the run that was last offered was refused: /info says why.", **newest)
+        self.taken = Gauge("retrikt_release_taken_seconds", "When a release began to answer, in Unix time.", ["release"], **newest)
+
+    def swapped(self, release: str) -> None:
+        """A run was taken over."""
+        self.swaps.labels("taken").inc()
+        self.refused.set(0)
+        self.taken.labels(release).set_to_current_time()
+
+    def swap_refused(self) -> None:
+        self.swaps.labels("refused").inc()
+        self.refused.set(1)
 
     def text(self) -> bytes:
         """In Prometheus's format."""

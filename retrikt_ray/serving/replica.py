@@ -1,59 +1,44 @@
-"""One replica: a Predictor, the thread that it answers in, and what waits for it.
+"""One replica: a run that is open for answers, what waits for it, and how another run takes its place.
 
-A replica is ingress and student at once: the routes (`routes.py`) read and check requests on the event loop, and one thread runs student and index
-over all that have come meanwhile. One process and no hop was the fastest of the layouts that were measured; one thread keeps the event loop
+A replica is ingress and student at once: the routes (`api/routes.py`) read and check requests on the event loop, and one thread runs student and
+index over all that have come meanwhile. One process and no hop was the fastest of the layouts that were measured; one thread keeps the event loop
 free, also where Serve's throughput mode shares it with user code. Nobody waits for others to come: a request that finds the thread idle is
 answered at once, and those that come while it works are the next batch.
+
+Another run is opened, verified and asked once beside the one that answers; then one reference is swapped. A batch in work ends with the run it
+began with. What cannot be opened is refused, and the run before goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from retrikt_ray.knowledge.actors import ActorSearcher
-from retrikt_ray.knowledge.view import Neighbour
-from retrikt_ray.predictor import Prediction, Predictor
+from retrikt_ray.predictor import Predictor
+from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.metrics import UNKNOWN, Metrics
-from retrikt_ray.serving.reading import Refusal
-from retrikt_ray.serving.wire import RetrieveBody
-from retrikt_ray.task.texts import Text
+from retrikt_ray.serving.metrics import Metrics
+from retrikt_ray.serving.opened import Answers, Job, Opened, seals
 
-LEAST = 1e-9  # probability of which a logarithm is told: JSON has no infinity
-EVIDENCE = ("id", "text", "text_pair", "source", "label", "score")  # of a row, beside what it was found by
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one request wants of the thread."""
-
-    kind: str  # predict | explain | retrieve | embed
-    texts: list[Text]
-    asked: Any = None  # predict: (labels per text, whether raw); retrieve: its body
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One answer per text, and the version of the knowledge that all of them are from."""
-
-    items: list[Any]
-    version: int
+LOOK_S = 1.0  # between two looks at a run that is watched
+AGAIN_S = 30.0  # after which a run that was refused is tried again
+logger = logging.getLogger("ray.serve")
 
 
 class Batcher:
-    """Gathers what waits while the thread works. work: jobs -> an answer, or the error, of each; it runs in the thread."""
+    """Gathers what waits while the thread works. opened: what answers now; a batch begins and ends with the same."""
 
-    def __init__(self, work: Callable[[list[Any], float], list[Any]], most: int, thread: ThreadPoolExecutor) -> None:
-        self.work, self.most, self.thread = work, most, thread
+    def __init__(self, opened: Callable[[], Opened], most: int) -> None:
+        self.opened, self.most = opened, most
         self.waiting: deque[tuple[Any, asyncio.Future[Any], float]] = deque()
         self.busy = False
 
@@ -75,11 +60,12 @@ class Batcher:
                 batch.append(entry)
         self.busy = bool(batch)
         if batch:
-            self.thread.submit(self.run, batch, loop)
+            opened = self.opened()
+            opened.worker.submit(self.run, opened, batch, loop)
 
-    def run(self, batch: list[Any], loop: asyncio.AbstractEventLoop) -> None:
+    def run(self, opened: Opened, batch: list[Any], loop: asyncio.AbstractEventLoop) -> None:
         try:
-            answers = self.work([job for job, _, _ in batch], batch[0][2])
+            answers = opened.work([job for job, _, _ in batch], batch[0][2])
         except Exception as error:
             answers = [error] * len(batch)
         loop.call_soon_threadsafe(self.finish, batch, answers, loop)
@@ -102,11 +88,18 @@ class Endpoint:
         self.args = ServeArgs(**args)
         self.active = self.editing = 0  # requests and edits that wait or are worked on
         self.metrics = Metrics()
-        # Thread counts of OpenMP belong to a thread, and fast tokenizers are not for two threads at once: one thread opens and answers.
-        self.worker = ThreadPoolExecutor(1, "predictor")
         self.editor = ThreadPoolExecutor(1, "editor")  # a teacher that labels rows must not hold up answers
-        self.batcher = Batcher(self.work, self.args.max_batch, self.worker)
-        self.predictor = self.worker.submit(open_predictor, self.args).result()
+        self.batcher = Batcher(lambda: self.opened, self.args.max_batch)
+        self.swapping = threading.Lock()
+        self.refused: str | None = None  # why the run that was last offered is not the one that answers
+        self.opened = Opened(self.args.run, self.args, self.metrics)
+        self.metrics.taken.labels(self.predictor.release).set_to_current_time()
+        if self.args.reload:
+            threading.Thread(target=self.watch, daemon=True).start()
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.opened.predictor
 
     async def ask(self, job: Job) -> Answers:
         """The answer to a job. Raises Refusal 503 where too many wait, 504 where it takes too long, 422 on a filter that does not exist."""
@@ -122,158 +115,61 @@ class Endpoint:
         finally:
             self.active -= 1
 
-    def work(self, jobs: list[Job], since: float) -> list[Any]:
-        """Answer jobs, those of a kind in one pass; all from one version of the knowledge."""
-        clock = Clock(self.metrics, since)
-        clock("queue")
-        self.metrics.batches.observe(len(jobs))
-        answers: list[Any] = [None] * len(jobs)
-        with self.predictor.knowledge.lock:  # a new base must not close the old one's searcher under us
-            self.predictor.knowledge.refresh()
-            view = self.predictor.knowledge.view
-            for indices in alike(jobs):
-                group = [jobs[i] for i in indices]
-                texts = [text for job in group for text in job.texts]
-                found = (
-                    self.answered(group[0], texts, clock) if group[0].kind in ("retrieve", "embed") else self.predicted(group, texts, clock)
-                )
-                rest = iter([] if isinstance(found, Refusal) else found)
-                for i in indices:
-                    answers[i] = found if isinstance(found, Refusal) else Answers([next(rest) for _ in jobs[i].texts], view.version)
-        self.metrics.texts.inc(sum(len(job.texts) for job in jobs))
-        self.metrics.version.set(view.version)
-        self.metrics.rows.set(view.count)
-        clock("write")
-        return answers
-
-    def predicted(self, jobs: list[Job], texts: list[Text], clock: Clock) -> list[Any]:
-        """Predictions, and explanations where a job wants them, of all texts of these jobs."""
-        every = self.predictor.answer(texts, any(job.kind == "explain" for job in jobs), clock=clock)
-        if every.dense is not None:
-            self.metrics.searched.inc(len(texts))
-            self.metrics.unlike.inc(int((every.dense.scores[:, :1] < UNKNOWN).all(1).sum()))
-        out: list[Any] = []
-        low = 0
-        for job in jobs:
-            part = every.part(low, low + len(job.texts))
-            low += len(job.texts)
-            out += self.explanations(part) if job.kind == "explain" else [self.scores(answer, *job.asked) for answer in part.answers]
-        return out
-
-    def answered(self, job: Job, texts: list[Text], clock: Clock) -> Any:
-        """Vectors of the texts, or their rows: the nearest; those that share most words; or, hybrid, both apart."""
-        if job.kind == "embed":
-            vectors = self.predictor.student.encode(texts)[1].tolist()
-            clock("encode")
-            return vectors
-        asked: RetrieveBody = job.asked
-        where, view = {"label": asked.label, "source": asked.source}, self.predictor.knowledge.view
-        sides: dict[str, list[Any]] = {}
-        try:
-            if asked.mode != "lexical":
-                sides["dense"] = records(view.neighbours(self.predictor.retrieve(texts, asked.k, **where), "similarity"))
-                clock("dense")
-            if asked.mode != "dense":
-                sides["lexical"] = records(view.neighbours(view.search_words(texts, asked.k, **where), "bm25"))
-                clock("lexical")
-        except ConfigError as error:
-            return Refusal(422, str(error), "a label of the task, a source of the store")
-        if asked.mode != "hybrid":
-            return sides[asked.mode]
-        return [{side: rows[i] for side, rows in sides.items()} for i in range(len(texts))]
-
     async def apart(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         """Do something in a thread of the replica."""
         return await asyncio.get_running_loop().run_in_executor(thread, work)
 
     async def info(self) -> dict[str, Any]:
-        """What is served, with the edits that the next request would see."""
+        """What is served, with the edits that the next request would see, and what was refused."""
+        opened = self.opened
 
         def work() -> dict[str, Any]:
-            with self.predictor.knowledge.lock:
-                self.predictor.knowledge.refresh()
-                return self.predictor.info()
+            with opened.predictor.knowledge.lock:
+                opened.predictor.knowledge.refresh()
+                return opened.predictor.info()
 
-        return dict(await self.apart(self.worker, work))
+        return await self.apart(opened.worker, work) | {"refused": self.refused}
 
-    def scores(self, answer: np.ndarray, most: int | None = None, raw: bool = False) -> list[dict[str, Any]]:
-        """Labels and scores of one answer (C,), best first; a regression's value is the score of LABEL_0, as Hugging Face has it."""
-        if len(answer) == 1:
-            return [{"label": "LABEL_0", "score": float(answer[0])}]
-        labels, values = self.predictor.task.labels, (np.log(np.maximum(answer, LEAST)) if raw else answer).tolist()
-        return [{"label": labels[i], "score": values[i]} for i in np.argsort(-answer, kind="stable")[:most].tolist()]
+    def swap(self, run: str) -> bool:
+        """Answer from this run from now on, opened anew. False where it cannot be opened: nothing changes then, and `refused` says why."""
+        with self.swapping:
+            try:
+                fresh = Opened(run, self.args, self.metrics, like=self.opened)
+            except Exception as error:  # whatever is wrong with it: the run that answers goes on
+                self.refuse(run, error)
+                return False
+            before, self.opened, self.refused = self.opened, fresh, None
+            self.metrics.swapped(fresh.predictor.release)
+            logger.info(f"answering from {run}, release {fresh.predictor.release}")
+        # What it was given ends there: batches soon, what an edit would do within the deadline.
+        end = threading.Timer(self.args.deadline_s + 5, before.close)
+        end.daemon = True
+        end.start()
+        return True
 
-    def explanations(self, part: Prediction) -> list[dict[str, Any]]:
-        """Per text: the answer, the student's own, what else spoke, the rows and n-grams it rests on, the weights, and the answer without each."""
-        sides = {"neighbours": part.neighbours, "lexical_neighbours": part.lexical_neighbours}
-        ngrams, without = part.ngrams, part.without_voices
-        out = []
-        for i, answer in enumerate(part.answers):
-            rows = part.without_rows(i)
-            best = int(answer.argmax())
-            left = {name: None if np.isnan(others[i]).any() else self.scores(others[i]) for name, others in without.items()}
-            for name, scores in left.items():
-                if part.told[i] < 0 and scores and len(answer) > 1 and scores[0]["label"] != self.scores(answer, 1)[0]["label"]:
-                    self.metrics.decided.labels(name).inc()
-            shown = {
-                side: [
-                    record | {"without": self.scores(rows[record["id"]], 1)[0] | {"change": float(rows[record["id"]][best] - answer[best])}}
-                    for record in records([found[i]])[0]
-                ]
-                for side, found in sides.items()
-            }
-            out.append(
-                {
-                    "prediction": self.scores(answer),
-                    "told": None if part.told[i] < 0 else part.view.row(int(part.told[i]))["id"],
-                    "student": self.scores(part.student[i]),
-                    "votes": {name: self.scores(vote[i]) if found[i] else None for name, (vote, found) in part.voices.items()},
-                    "without": left,
-                    **shown,
-                    "ngrams": [asdict(spoken) for spoken in ngrams[i]],
-                    "mixture": asdict(part.mixture),
-                }
-            )
-        return out
+    def refuse(self, run: str, error: Exception) -> None:
+        """Go on as before."""
+        known = isinstance(error, ArtifactError | ConfigError | OSError)
+        logger.error(f"refused to take over {run}: {error}", exc_info=not known)
+        self.refused = str(error).replace(str(Path(run).resolve()), "the run").replace(run, "the run") if known else type(error).__name__
+        self.metrics.swap_refused()
 
-
-class Clock:
-    """Called at the end of a phase, with its name; it counts the time since the call before."""
-
-    def __init__(self, metrics: Metrics, since: float) -> None:
-        self.metrics, self.since = metrics, since
-
-    def __call__(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.metrics.phases.labels(phase).observe(now - self.since)
-        self.since = now
-
-
-def alike(jobs: list[Job]) -> list[list[int]]:
-    """Jobs that can be answered in one pass, by their number."""
-    groups: dict[Any, list[int]] = {}
-    for i, job in enumerate(jobs):
-        asked = (job.asked.mode, job.asked.k, job.asked.label, job.asked.source) if job.kind == "retrieve" else ()
-        groups.setdefault(("predict" if job.kind == "explain" else job.kind, *asked), []).append(i)
-    return list(groups.values())
-
-
-def record(row: Neighbour) -> dict[str, Any]:
-    """A row as JSON has it."""
-    found = {by: v for by, v in (("similarity", row.similarity), ("bm25", row.bm25)) if v is not None}
-    return {key: getattr(row, key) for key in EVIDENCE} | found
-
-
-def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
-    """Rows that were found for each text."""
-    return [[record(row) for row in rows] for rows in found]
-
-
-def open_predictor(args: ServeArgs) -> Predictor:
-    """Open the run in the thread that will answer."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    if not args.shard_actors:
-        return Predictor.open(args.run, args.threads)
-    return Predictor.open(args.run, args.threads, opener=lambda index, threads: ActorSearcher(index, args.shard_actors, threads))
+    def watch(self) -> None:
+        """Take over the run that answers when it was made anew and is complete; one that was refused is tried again, since files may follow."""
+        tried: list[Any] = []
+        seen, again = self.opened.seals, 0.0
+        while True:
+            time.sleep(LOOK_S)
+            opened, before = self.opened, seen
+            try:
+                seen = seals(opened.run)
+            except Exception as error:  # of a store that cannot be reached for now
+                logger.error(f"cannot look at {opened.run}: {error}")
+                continue
+            if seen == opened.seals and tried:  # what was refused was taken back
+                tried, self.refused = [], None
+                self.metrics.refused.set(0)
+            new = seen != opened.seals and None not in seen and (seen != tried or time.monotonic() > again)
+            if new and seen == before:  # it has stood for a while: a new student is followed by a new index
+                tried, again = seen, time.monotonic() + AGAIN_S
+                self.swap(opened.run)

@@ -6,6 +6,7 @@ What it is made of is the business of its kind (`kinds.py`). Saved in Hugging Fa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,13 +81,19 @@ class Student:
         return {name: value.to(device) for name, value in self.model.kind.read(self.tokenizer, texts).items()}
 
     @torch.inference_mode()
-    def encode(self, texts: list[Text], batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Class probabilities (N, C), or values (N, 1) in regression, and unit query vectors (N, width), float32 on the CPU."""
+    def encode(self, texts: list[Text], batch: int = 256, clock: Callable[[str], None] = lambda phase: None) -> tuple[Tensor, Tensor]:
+        """Class probabilities (N, C), or values (N, 1) in regression, and unit query vectors (N, width), float32 on the CPU.
+
+        clock: called with the name of each phase when it has ended.
+        """
         self.model.eval()
         answers, vectors = [], []
         for start in range(0, len(texts), batch):
-            logits, vector = self.model(**self.tensors(texts[start : start + batch]))
+            tensors = self.tensors(texts[start : start + batch])
+            clock("tokenise")
+            logits, vector = self.model(**tensors)
             answer = torch.softmax(logits, -1) if logits.shape[1] > 1 else logits * self.model.scale + self.model.shift
             answers.append(answer.float().cpu())
             vectors.append(normalize(vector.float(), dim=-1).cpu())
+            clock("student")
         return torch.cat(answers), torch.cat(vectors)

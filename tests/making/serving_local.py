@@ -18,9 +18,9 @@ from starlette.types import ASGIApp
 from making.tiny_run import LABELS
 from retrikt_ray.knowledge.view import Hits
 from retrikt_ray.predictor import Predictor
+from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.replica import Endpoint
-from retrikt_ray.serving.routes import build_api
 
 JSON = {"Content-Type": "application/json"}
 

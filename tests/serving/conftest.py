@@ -11,7 +11,7 @@ from making.serving_local import Local
 from making.serving_stub import LIMITS, Stub
 from making.tiny_run import make_run
 
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
 
 
 @pytest.fixture

@@ -30,11 +30,13 @@ from making.tiny_run import LABELS, TEXTS, make_run
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
+from retrikt_ray import Client
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.app import address_of, build_app, free_port, serve_run
+from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import parse_args
+from retrikt_ray.serving.server import address_of, free_port, serve_run
 
 ROOT = Path(__file__).parents[2]
 QUERY = "a zebra film"
@@ -137,7 +139,7 @@ class Live:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     run, port = str(make_run(tmp_path_factory.mktemp("runs") / "run")), free_port()
-    limits = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000}
+    limits: dict[str, Any] = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000, "deadline_s": 6}
     home = Path(tempfile.mkdtemp(prefix="serving-"))  # Ray's sockets want a short path
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(home)}
     args = [f"{key}={value}" for key, value in {**limits, "shard_actors": 2}.items()]
@@ -212,17 +214,69 @@ def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
         assert (answer.status_code, answer.json(), answer.headers["content-type"]) == (here.status_code, here.json(), "application/json")
 
 
+def raw(live: Live, pieces: Iterator[bytes]) -> tuple[int, dict[str, str], Any]:
+    """What is answered to bytes as they are: status, headers, JSON. What the server no longer reads is not sent."""
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=30) as sender:
+        try:
+            for piece in pieces:
+                sender.sendall(piece)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        answer = b""
+        while True:
+            try:
+                piece = sender.recv(65536)
+            except ConnectionResetError:
+                break
+            answer += piece
+            head, gap, body = answer.partition(b"\r\n\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:]) if gap else {}
+            size = int(headers.get("content-length", -1))
+            if not piece or (gap and 0 <= size <= len(body)):
+                break
+    known = headers.get("content-type") == "application/json"
+    return (
+        int(answer.split()[1]),
+        headers,
+        json.loads(body[:size]) if known else None,
+    )  # what was sent beyond it is another request, and none
+
+
+def test_hostile_senders(live: Live) -> None:
+    """Bodies of 100 MB, announced and not; heads that are too long, no HTTP, or never end; bodies that never end; all at once."""
+    start = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    megabyte = b"%x\r\n%b\r\n" % (2**20, b"a" * 2**20)
+
+    def never() -> Iterator[bytes]:
+        yield start + b"Content-Length: 100\r\n\r\n{"
+
+    senders: list[tuple[Iterator[bytes], int, str | None]] = [
+        (iter([start + b"Content-Length: 100000000\r\n\r\n", *[b"a" * 2**20] * 100]), 413, "too_large"),
+        (iter([start + b"Transfer-Encoding: chunked\r\n\r\n", *[megabyte] * 100]), 413, "too_large"),
+        (iter([start, *(b"X-Header-%d: a\r\n" % i for i in range(5000)), b"\r\n"]), 400, None),
+        (iter([start + b"X-Header: " + b"a" * 2**20 + b"\r\n\r\n"]), 400, None),
+        (iter([b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n"]), 400, None),
+        (iter([start]), 408, None),
+        (never(), 408, "slow_request"),
+    ]
+    with ThreadPoolExecutor(len(senders)) as pool:
+        answers = list(pool.map(lambda sender: raw(live, sender[0]), senders))
+    for (_, status, code), (found, _, body) in zip(senders, answers, strict=True):
+        assert (found, body and body["code"]) == (status, code)  # None: HAProxy's own words about what is no request yet
+    assert live.post("predict", {"inputs": "a fine film"}).status_code == 200
+
+
 def test_requests_at_the_same_time(live: Live) -> None:
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda text: live.post("predict", {"inputs": text}).json(), TEXTS * 3))
     assert answers == close_to([live.here.post("predict", {"inputs": text}).json() for text in TEXTS]) * 3
 
 
-def test_client_command(live: Live) -> None:
-    command = [sys.executable, str(ROOT / "serve" / "client.py"), "--url", live.url, "--explain", "a fine film", "so weak"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_the_typed_client_works(live: Live) -> None:
+    with Client(live.url) as client:
+        explained = [answer.model_dump() for answer in client.explain(["a fine film", "so weak"])]
     want = live.here.post("explain", {"inputs": ["a fine film", "so weak"]}).json()
-    assert [json.loads(line) for line in done.stdout.splitlines()] == want
+    assert [answer["prediction"] for answer in explained] == [answer["prediction"] for answer in want]
 
 
 @pytest.mark.parametrize("route", ["", "/predict"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,8 @@ import pytest
 from making.serving_local import listening, replica
 from making.tiny_run import make_run
 
-from retrikt_ray.serving.app import free_port
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
+from retrikt_ray.serving.server import free_port
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 pytestmark = pytest.mark.slow
@@ -54,6 +57,11 @@ class Page:
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState == 'complete' && document.body.children.length > 0")
 
+    async def picture(self, path: Path) -> None:
+        """The whole page as a PNG file."""
+        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(found["data"]))
+
     async def text(self, selector: str) -> str:
         return str(await self.js(f"(document.querySelector({selector!r}) || {{}}).textContent || ''"))
 
@@ -86,6 +94,60 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Calla
     yield lambda use: asyncio.run(work(use))
     process.terminate()
     process.wait(30)
+
+
+AXE = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
+
+
+async def faults(page: Page) -> list[str]:
+    """What axe-core finds wrong with the page as it stands: the rule, how bad it is, and where."""
+    await page.js(AXE + "; 0")
+    found = await page.js(
+        "axe.run().then(found => JSON.stringify(found.violations.map(v => [v.id, v.impact, v.nodes.map(n => n.target.join(' '))])))"
+    )
+    return [f"{impact}: {rule} at {', '.join(places)}" for rule, impact, places in json.loads(found)]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing(tmp_path: Path, browse: Any, width: int, dark: bool) -> None:
+    async def look(page: Page, name: str) -> None:
+        assert await faults(page) == [], name
+        assert not await page.js("document.documentElement.scrollWidth > innerWidth"), name
+        if os.environ.get("SCREENSHOTS"):
+            await page.picture(Path(os.environ["SCREENSHOTS"]) / f"{name}-{width}{'-dark' * dark}.png")
+
+    async def use(page: Page) -> None:
+        await page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        await page.open(url, width)
+        await look(page, "empty")
+        await page.open(f"{url}/?text=a+zebra+film", width)
+        await page.until("!document.getElementById('result').hidden")
+        await look(page, "answer")
+        await page.click("#teach-go")
+        await page.until("document.getElementById('done-text').textContent.startsWith('Taught.')")
+        await page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        await look(page, "taught")
+        await page.js("document.getElementById('text').value = 'x'.repeat(30000); document.querySelector('form').requestSubmit()")
+        await page.until("document.getElementById('error-text').textContent != ''")
+        await look(page, "error")
+        await page.open(f"{url}/docs", width)
+        await page.until("document.querySelectorAll('details').length > 20")
+        await page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+        await look(page, "docs")
+
+    with replica(str(make_run(tmp_path / "run"))) as opened, listening(build_api(opened.endpoint)) as url:
+        browse(use)
+
+
+def test_axe_would_find_something(tmp_path: Path, browse: Any) -> None:
+    async def use(page: Page) -> None:
+        await page.open(url, 390)
+        await page.js("document.querySelector('label').remove()")
+        assert any("label" in fault for fault in await faults(page))
+
+    with replica(str(make_run(tmp_path / "run"))) as opened, listening(build_api(opened.endpoint)) as url:
+        browse(use)
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -14,9 +14,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
+from retrikt_ray.serving.api.guard import Guard, Keys
+from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.guard import Guard, Keys
-from retrikt_ray.serving.routes import build_api
 
 
 def call(app: ASGIApp, sent: list[Any], **scope: Any) -> None:
@@ -157,7 +157,7 @@ def test_a_body_that_is_announced_too_large_is_not_read(api: Local) -> None:
 
 def test_fault_of_the_server_is_json_with_an_id_that_the_log_has(log: pytest.LogCaptureFixture) -> None:
     stub = Stub()
-    stub.scores = lambda *_: [{"label": "a", "score": float("nan")}]  # type: ignore[method-assign]
+    stub.opened.scores = lambda *_: [{"label": "a", "score": float("nan")}]  # type: ignore[method-assign]
     api = Local(build_api(stub), "/prefix")
     answers = [api.post(f"prefix/{route}", {"inputs": "a"}) for route in ("predict", "predict", "explain")]
     for answer, route in zip(answers, ("predict", "predict", "explain"), strict=True):

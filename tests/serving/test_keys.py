@@ -13,10 +13,11 @@ from making.serving_stub import Stub
 from making.tiny_run import make_run
 
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.app import build_app, serve_run
+from retrikt_ray.serving.api.guard import Keys
+from retrikt_ray.serving.api.routes import build_api
+from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.guard import Keys
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.server import serve_run
 
 READ, WRITE = "read-key-of-20-chars", "write-key-of-20-chars"
 BODY = b'{"inputs": "a"}'

@@ -14,7 +14,7 @@ from making.tiny_run import TEXTS
 
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
 
 QUERY = "a zebra film"
 
@@ -23,6 +23,11 @@ QUERY = "a zebra film"
 def served(run: str) -> Iterator[Replica]:
     with replica(run, max_texts=5, max_text_chars=200) as opened:
         yield opened
+
+
+def at(served: Replica, edits: int) -> str:
+    """The version after so many edits."""
+    return f"{served.predictor.release}.{edits}"
 
 
 def send(served: Local, method: str, body: Any = None, path: str = "/knowledge", **headers: str) -> httpx.Response:
@@ -36,12 +41,16 @@ def put(served: Local, *rows: Any, **headers: str) -> httpx.Response:
 
 def test_a_row_that_is_put_changes_the_answer_and_deleted_it_changes_back(run: str, served: Replica) -> None:
     before = served.post("predict", {"inputs": QUERY})
-    assert before.headers["x-knowledge-version"] == "0"
+    assert before.headers["x-knowledge-version"] == at(served, 0)
     answer = put(served, {"text": QUERY, "label": "negative"})
     (code,) = answer.json()["ids"]
-    assert (answer.status_code, answer.json(), answer.headers["etag"]) == (200, {"version": 1, "ids": [code], "before": []}, '"1"')
+    assert (answer.status_code, answer.json(), answer.headers["etag"]) == (
+        200,
+        {"version": at(served, 1), "ids": [code], "before": []},
+        f'"{at(served, 1)}"',
+    )
     after = served.post("predict", {"inputs": QUERY})
-    assert after.headers["x-knowledge-version"] == "1"
+    assert after.headers["x-knowledge-version"] == at(served, 1)
     assert scores(after.json())["negative"] > scores(before.json())["negative"] + 0.02
     with replica(run) as restarted:  # and the command line sees what HTTP wrote
         assert restarted.post("predict", {"inputs": QUERY}).json() == after.json()
@@ -49,13 +58,13 @@ def test_a_row_that_is_put_changes_the_answer_and_deleted_it_changes_back(run: s
 
     # The same id is put in place; what was there comes back, and undoes it.
     changed = put(served, {"id": code, "text": QUERY, "label": "positive"}).json()
-    assert changed == {"version": 2, "ids": [code], "before": [{"id": code, "text": QUERY, "teacher_probs": [1.0, 0.0]}]}
+    assert changed == {"version": at(served, 2), "ids": [code], "before": [{"id": code, "text": QUERY, "teacher_probs": [1.0, 0.0]}]}
     assert scores(served.post("predict", {"inputs": QUERY}).json())["positive"] > scores(before.json())["positive"]
     assert put(served, *changed["before"]).json()["before"][0]["teacher_probs"] == [0.0, 1.0]
     assert served.post("predict", {"inputs": QUERY}).json() == after.json()
 
     gone = send(served, "DELETE", {"ids": [code]})
-    assert gone.json() == {"version": 4, "ids": [], "before": [{"id": code, "text": QUERY, "teacher_probs": [1.0, 0.0]}]}
+    assert gone.json() == {"version": at(served, 4), "ids": [], "before": [{"id": code, "text": QUERY, "teacher_probs": [1.0, 0.0]}]}
     assert served.post("predict", {"inputs": QUERY}).json() == before.json()
 
 
@@ -77,28 +86,31 @@ def test_two_replicas_and_the_command_line_write_one_log(run: str, served: Repli
         want = {f"new-{i}" for i in range(18)}
         for target in (served, other):
             listed = send(target, "GET", path="/knowledge?source=added&limit=100").json()
-            assert ({row["id"] for row in listed["rows"]}, listed["version"], listed["total"]) == (want, 18, 18)
+            assert ({row["id"] for row in listed["rows"]}, listed["version"], listed["total"]) == (want, at(served, 18), 18)
 
 
 def test_an_edit_for_another_version_is_refused(served: Replica) -> None:
     row = {"text": QUERY, "label": "negative"}
-    assert put(served, row, **{"If-Match": '"0"'}).json()["version"] == 1
+    assert put(served, row, **{"If-Match": f'"{at(served, 0)}"'}).json()["version"] == at(served, 1)
     for method, body in (("PUT", {"rows": [row]}), ("DELETE", {"ids": ["train-000000"]})):
-        answer = send(served, method, body, **{"If-Match": '"0"'})
+        answer = send(served, method, body, **{"If-Match": f'"{at(served, 0)}"'})
         assert (answer.status_code, answer.json()["code"]) == (412, "version_differs")
         assert answer.json()["error"] == "the knowledge is of version 1, the edit was made for 0"
-    assert send(served, "GET").json()["version"] == 1
-    assert put(served, row, **{"If-Match": 'W/"1"'}).json()["version"] == 2
-    assert put(served, row, **{"If-Match": "*"}).json()["version"] == 3
-    assert put(served, row, **{"If-Match": "one"}).status_code == 422
+    assert send(served, "GET").json()["version"] == at(served, 1)
+    assert put(served, row, **{"If-Match": f'W/"{at(served, 1)}"'}).json()["version"] == at(served, 2)
+    assert put(served, row, **{"If-Match": "*"}).json()["version"] == at(served, 3)
+    for unreadable in ("one", "3", '"zzzzzzzzzzzz.3"'):
+        assert put(served, row, **{"If-Match": unreadable}).status_code == 422
+    answer = put(served, row, **{"If-Match": '"0123456789ab.3"'})
+    assert (answer.status_code, answer.json()["error"]) == (412, "the edit was made for another run than the one that answers")
 
 
 def test_listing_pages_filters_and_searches(served: Replica) -> None:
-    assert send(served, "GET", path="/knowledge?source=added").json() == {"version": 0, "total": 0, "rows": []}
+    assert send(served, "GET", path="/knowledge?source=added").json() == {"version": at(served, 0), "total": 0, "rows": []}
     put(served, {"id": "a", "text": "An odd Zebra", "label": "negative"}, {"id": "b", "text": "so warm", "label": "positive"})
     whole = send(served, "GET").json()
     ids = [row["id"] for row in whole["rows"]]
-    assert (whole["version"], whole["total"], ids) == (1, 14, ["b", "a", *(f"train-{i:06d}" for i in range(11, -1, -1))])
+    assert (whole["version"], whole["total"], ids) == (at(served, 1), 14, ["b", "a", *(f"train-{i:06d}" for i in range(11, -1, -1))])
     assert whole["rows"][1] == {
         "id": "a", "text": "An odd Zebra", "text_pair": None, "source": "added", "label": "negative", "score": 1.0,
     }  # fmt: skip
@@ -126,7 +138,7 @@ def test_preview_tells_what_would_change_and_writes_nothing(run: str, served: Re
     rows = [{"text": QUERY, "label": label} for label in ("negative", "positive")]
     answers = [send(served, "POST", {"rows": [row], "inputs": texts}, "/knowledge/preview").json() for row in rows]
     for answer, row in zip(answers, rows, strict=True):
-        assert answer["version"] == 0
+        assert answer["version"] == at(served, 0)
         assert [a["before"] for a in answer["answers"]] == close_to(before)
         put(served, row)
         after = served.post("predict", {"inputs": texts}).json()
@@ -163,7 +175,7 @@ def test_a_bad_edit_is_refused_and_nothing_is_lost(served: Replica, method: str,
     answer = send(served, method, body)
     assert (answer.status_code, answer.json()["error"][: len(error)]) == (status, error)
     assert answer.json()["expected"]
-    assert {k: v for k, v in send(served, "GET").json().items() if k != "rows"} == {"version": 0, "total": len(TEXTS)}
+    assert {k: v for k, v in send(served, "GET").json().items() if k != "rows"} == {"version": at(served, 0), "total": len(TEXTS)}
 
 
 def test_ids_can_stand_in_the_query(served: Replica) -> None:

@@ -269,7 +269,24 @@ def test_strange_texts_are_answered(single: Replica, text: str) -> None:
         assert single.post(route, {"inputs": text}).status_code == 200
 
 
+MILLION = "film " * 1_000_000
+
+
+def test_a_text_of_a_million_words_is_refused_or_cut(run: str) -> None:
+    text = MILLION
+    with replica(run, max_body_bytes=10**7) as opened:
+        assert opened.post("predict", {"inputs": text}).status_code == 413
+        cut = opened.post("predict", {"inputs": text, "truncate": True})
+        assert (cut.status_code, cut.json()) == (200, opened.post("predict", {"inputs": text[:20_000]}).json())
+
+
+@pytest.mark.slow
+def test_a_text_of_a_million_words_is_answered_where_that_is_allowed(run: str) -> None:
+    with replica(run, max_body_bytes=10**7, max_text_chars=10**7) as opened:
+        assert opened.post("predict", {"inputs": MILLION}).status_code == 200
+
+
 def test_info(single: Replica, predictor: Predictor) -> None:
     info = single.get("/info").json()
-    assert info == predictor.info() | {"version": __version__, "limits": LIMITS | {"deadline_s": 10}}
+    assert info == predictor.info() | {"refused": None, "version": __version__, "limits": LIMITS | {"deadline_s": 10}}
     assert info["store"] == {"rows": 12, "version": 0}

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from making.tiny_run import make_run
 
-from retrikt_ray.serving.app import free_port
+from retrikt_ray.serving.server import free_port
 
 ROOT = Path(__file__).parents[2]
 READ, WRITE = "read-key-of-20-chars", "write-key-of-20-chars"
@@ -72,11 +72,12 @@ def test_an_edit_is_there_on_every_replica_at_once_and_all_are_counted(server: S
     assert server.ask("POST", "/predict", None, json={"inputs": "a"}).status_code == 401
     row = {"id": "new", "text": "a zebra film", "label": "negative"}
     assert server.ask("PUT", "/knowledge", READ, json={"rows": [row]}).status_code == 403
+    release = server.ask("GET", "/info").json()["release"]
     for version in range(1, 7):
         method, body = ("PUT", {"rows": [row]}) if version % 2 else ("DELETE", {"ids": ["new"]})
-        assert server.ask(method, "/knowledge", WRITE, json=body).json()["version"] == version
+        assert server.ask(method, "/knowledge", WRITE, json=body).json()["version"] == f"{release}.{version}"
         answers = [server.ask("POST", "/retrieve", json={"inputs": "a zebra film", "k": 1}) for _ in range(10)]
-        assert {a.headers["x-knowledge-version"] for a in answers} == {str(version)}
+        assert {a.headers["x-knowledge-version"] for a in answers} == {f"{release}.{version}"}
         assert {a.json()[0]["id"] == "new" for a in answers} == {bool(version % 2)}
     assert len(server.replicas()) == 2
     cpu = [sum(p.cpu_times()[:2]) for p in server.replicas()]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from making.serving_local import Local
 from making.serving_stub import ANSWER, Stub
 
-from retrikt_ray.serving.routes import build_api
+from retrikt_ray.serving.api.routes import build_api
 
 # shapes
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from retrikt_ray.serving.api.wire import Body, Parameters, PreviewBody, Strict
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.wire import Body, Parameters, PreviewBody, Strict
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, TextError, read_texts, short
 
 CODES = {  # what a status means here, as a word that programs can rely on

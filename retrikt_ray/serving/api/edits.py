@@ -16,8 +16,9 @@ from retrikt_ray.knowledge.edit import Change, UnknownRow
 from retrikt_ray.knowledge.knowledge import VersionError
 from retrikt_ray.predictor import Prediction
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.serving.reading import Refusal
-from retrikt_ray.serving.replica import Endpoint, record
+from retrikt_ray.serving.api.reading import Refusal
+from retrikt_ray.serving.opened import Opened, record
+from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.task.texts import Text, TextError, short
 
 MOST_EDITS = 32  # that wait in a replica
@@ -33,17 +34,27 @@ QUERY: dict[str, tuple[dict[str, Any], str]] = {  # of GET /knowledge
 PAGING = {name: (schema["default"], schema["minimum"], schema.get("maximum")) for name, (schema, _) in QUERY.items() if "default" in schema}
 
 
-def expected_version(header: str | None) -> int | None:
-    """Of If-Match: the version, "12"; None: any. Raises Refusal 422."""
+def expected_version(header: str | None) -> str | None:
+    """Of If-Match: the version, "5e1d3a0c9b7f.12"; None: any. Raises Refusal 422."""
     if header is None or header.strip() == "*":
         return None
-    found = re.fullmatch(r'\s*(?:W/)?"?(\d{1,18})"?\s*', header)
+    found = re.fullmatch(r'\s*(?:W/)?"?([0-9a-f]{12}\.\d{1,18})"?\s*', header)
     if not found:
-        raise Refusal(422, f"If-Match: found {header[:40]!r}", 'a version such as "12", as in ETag')
-    return int(found[1])
+        raise Refusal(422, f"If-Match: found {header[:40]!r}", 'a version such as "5e1d3a0c9b7f.12", as in ETag')
+    return found[1]
 
 
-async def edited(endpoint: Endpoint, work: Callable[[], Any]) -> Any:
+def number_of(opened: Opened, version: str | None) -> int | None:
+    """The edits of a version, which has to be one of this run. Raises Refusal 412."""
+    if version is None:
+        return None
+    release, _, number = version.partition(".")
+    if release != opened.predictor.release:
+        raise Refusal(412, "the edit was made for another run than the one that answers", "the version that GET /knowledge tells")
+    return int(number)
+
+
+async def edited(endpoint: Endpoint, opened: Opened, work: Callable[[], Any]) -> Any:
     """Do something to the knowledge in the replica's editing thread, with errors that a user can cause as refusals."""
     if endpoint.editing >= MOST_EDITS:
         raise Refusal(503, f"{endpoint.editing} edits are waiting already", "the same request a second later", {"Retry-After": "1"})
@@ -53,36 +64,40 @@ async def edited(endpoint: Endpoint, work: Callable[[], Any]) -> Any:
     except VersionError as error:
         raise Refusal(412, str(error), "the version that GET /knowledge tells, and a look at what has changed") from None
     except UnknownRow as error:
-        raise Refusal(404, plain(endpoint, error), "ids that GET /knowledge tells") from None
+        raise Refusal(404, plain(opened, error), "ids that GET /knowledge tells") from None
     except TextError as error:
         raise Refusal(422, error.found, error.expected) from None
     except ConfigError as error:
-        raise Refusal(422, plain(endpoint, error), "rows with text, and label or teacher_probs or neither") from None
+        raise Refusal(422, plain(opened, error), "rows with text, and label or teacher_probs or neither") from None
     finally:
         endpoint.editing -= 1
 
 
-def plain(endpoint: Endpoint, error: Exception) -> str:
+def plain(opened: Opened, error: Exception) -> str:
     """A message without the place of the run, which is nobody's business."""
-    return str(error).replace(str(endpoint.predictor.knowledge.places.run), "the run")
+    return str(error).replace(str(opened.predictor.knowledge.places.run), "the run")
 
 
-def told(change: Change) -> dict[str, Any]:
-    return {"version": change.version, "ids": change.ids, "before": change.before}
+def told(opened: Opened, change: Change) -> dict[str, Any]:
+    return {"version": f"{opened.predictor.release}.{change.version}", "ids": change.ids, "before": change.before}
 
 
-async def put(endpoint: Endpoint, rows: list[Any], version: int | None) -> dict[str, Any]:
+async def put(endpoint: Endpoint, rows: list[Any], version: str | None) -> dict[str, Any]:
     """Add rows, or put them in place of those that have their ids."""
     limit(endpoint, rows, "rows")
-    change = told(await edited(endpoint, lambda: endpoint.predictor.knowledge.put(rows, version)))
+    opened = endpoint.opened
+    number = number_of(opened, version)
+    change = told(opened, await edited(endpoint, opened, lambda: opened.predictor.knowledge.put(rows, number)))
     endpoint.metrics.edits.labels("put").inc()
     return change
 
 
-async def delete(endpoint: Endpoint, ids: list[str], version: int | None) -> dict[str, Any]:
+async def delete(endpoint: Endpoint, ids: list[str], version: str | None) -> dict[str, Any]:
     """Delete rows, all or none."""
     limit(endpoint, ids, "ids")
-    change = told(await edited(endpoint, lambda: endpoint.predictor.knowledge.delete(ids, version)))
+    opened = endpoint.opened
+    number = number_of(opened, version)
+    change = told(opened, await edited(endpoint, opened, lambda: opened.predictor.knowledge.delete(ids, number)))
     endpoint.metrics.edits.labels("delete").inc()
     return change
 
@@ -91,19 +106,22 @@ async def preview(endpoint: Endpoint, rows: list[Any], ids: list[str], texts: li
     """What an edit would do to the answers to some texts."""
     limit(endpoint, rows, "rows")
     limit(endpoint, ids, "ids")
-    now, then = await edited(endpoint, lambda: endpoint.predictor.knowledge.preview(rows, ids))
+    opened = endpoint.opened
+    now, then = await edited(endpoint, opened, lambda: opened.predictor.knowledge.preview(rows, ids))
+    if endpoint.opened is not opened:
+        raise Refusal(503, "another run has taken over meanwhile", "the same request a second later", {"Retry-After": "1"})
 
     def work() -> tuple[Prediction, Prediction]:
-        with endpoint.predictor.knowledge.lock:
-            before, after = (endpoint.predictor.answer(texts, False, view) for view in (now, then))
+        with opened.predictor.knowledge.lock:
+            before, after = (opened.predictor.answer(texts, False, view) for view in (now, then))
             return before, after
 
-    before, after = await endpoint.apart(endpoint.worker, work)
+    before, after = await endpoint.apart(opened.worker, work)
     answers = [
-        {"changed": differs(a, b), "before": endpoint.scores(a), "after": endpoint.scores(b)}
+        {"changed": differs(a, b), "before": opened.scores(a), "after": opened.scores(b)}
         for a, b in zip(before.answers, after.answers, strict=True)
     ]
-    return {"version": now.version, "answers": answers}
+    return {"version": opened.version(now), "answers": answers}
 
 
 def differs(before: np.ndarray, after: np.ndarray) -> bool:
@@ -117,20 +135,21 @@ async def listing(endpoint: Endpoint, query: Mapping[str, str]) -> dict[str, Any
     if unknown:
         raise Refusal(422, f"there is no parameter {short(unknown[0])}", ", ".join(QUERY))
     offset, most = (number(query.get(name), name, *bounds) for name, bounds in PAGING.items())
+    opened = endpoint.opened
     words, label, source = query.get("q", ""), query.get("label"), query.get("source")
 
     def work() -> dict[str, Any]:
-        with endpoint.predictor.knowledge.lock:
-            endpoint.predictor.knowledge.refresh()
-            view = endpoint.predictor.knowledge.view
+        with opened.predictor.knowledge.lock:
+            opened.predictor.knowledge.refresh()
+            view = opened.predictor.knowledge.view
             if source is not None and source not in view.sources:
-                return {"version": view.version, "total": 0, "rows": []}  # nothing was added yet
+                return {"version": opened.version(view), "total": 0, "rows": []}  # nothing was added yet
             found = view.listed(words, label, source)
             rows = [record(view.neighbour(int(p))) for p in found[offset : offset + most]]
-            return {"version": view.version, "total": len(found), "rows": rows}
+            return {"version": opened.version(view), "total": len(found), "rows": rows}
 
     try:
-        return dict(await endpoint.apart(endpoint.worker, work))
+        return dict(await endpoint.apart(opened.worker, work))
     except ConfigError as error:
         raise Refusal(422, str(error), "a label of the task") from None
 

@@ -11,9 +11,9 @@ import hmac
 import logging
 import os
 import re
+import secrets
 import time
 import traceback
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.api.reading import CODES, Refusal
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.reading import CODES, Refusal
 from retrikt_ray.task.texts import short
 
 LEVELS = {"nothing": 0, "read": 1, "write": 2}  # what a request may do
@@ -141,7 +141,7 @@ class Guard:
             return
         headers = {k.lower(): v for k, v in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
-        code = given if ID.fullmatch(given) else uuid.uuid4().hex
+        code = given if ID.fullmatch(given) else secrets.token_hex(16)
         seen, started, until = 0, False, time.monotonic() + self.deadline
 
         async def bounded() -> Message:  # a chunked body has no Content-Length

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+INTERRUPTED = "interrupted"  # code of a 503 where nobody knows whether the edit that was asked for was made
+
 # what requests hold
 
 ITEM = {
@@ -47,6 +49,10 @@ Rows = Annotated[
 ]
 
 
+# Either way of writing it is taken; two names that differ in case alone are too much for generators of clients.
+Direction = Annotated[Literal["right", "Right"], WithJsonSchema({"type": "string", "enum": ["Right"]})]
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -60,7 +66,7 @@ class Body(Strict):
     truncate: bool | None = Field(
         None, strict=True, description="Cut texts that are longer than the server takes, instead of refusing them."
     )
-    truncation_direction: Literal["right", "Right"] | None = Field(None, description="The end that is cut.")
+    truncation_direction: Direction | None = Field(None, description="The end that is cut.")
 
 
 class Parameters(Strict):
@@ -213,7 +219,7 @@ class Explanation(BaseModel):
 class Listing(BaseModel):
     """Some rows of the knowledge, newest first."""
 
-    version: int
+    version: str = Field(description="Of the knowledge: the release of the run, a point, and the number of edits.")
     total: int = Field(description="Rows that match.")
     rows: list[Row]
 
@@ -221,7 +227,7 @@ class Listing(BaseModel):
 class Edited(BaseModel):
     """What an edit did."""
 
-    version: int = Field(description="Of the knowledge after it.")
+    version: str = Field(description="Of the knowledge after it.")
     ids: list[str] = Field(description="Of rows that were put.")
     before: list[dict[str, Any]] = Field(description="Rows that are gone; putting them back, and deleting what is new, undoes the edit.")
 
@@ -237,7 +243,7 @@ class Compared(BaseModel):
 class Preview(BaseModel):
     """What an edit would do."""
 
-    version: int
+    version: str
     answers: list[Compared]
 
 
@@ -260,4 +266,6 @@ class Info(BaseModel):
     pair: bool
     version: str
     store: dict[str, int]
+    release: str = Field(description="Tells what the stages of the run have made from what others have; versions begin with it.")
+    refused: str | None = Field(description="Why the run that was last offered in its place was not taken over.")
     limits: dict[str, float]

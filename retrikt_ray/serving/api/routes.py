@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Route, Router
-from starlette.types import ASGIApp
+from starlette.routing import Router
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
-from retrikt_ray.serving import edits
-from retrikt_ray.serving.guard import Guard, Keys, needed
-from retrikt_ray.serving.reading import CODES, Refusal, read_body, texts_of_inputs
-from retrikt_ray.serving.replica import Answers, Endpoint, Job
-from retrikt_ray.serving.wire import (
+from retrikt_ray.serving.api import edits
+from retrikt_ray.serving.api.description import Handle, Operation, openapi
+from retrikt_ray.serving.api.guard import Guard, Keys, route_of
+from retrikt_ray.serving.api.reading import Refusal, read_body, texts_of_inputs
+from retrikt_ray.serving.api.wire import (
     Body,
     DeleteBody,
     Edited,
@@ -33,13 +31,14 @@ from retrikt_ray.serving.wire import (
     PredictBody,
     Preview,
     PreviewBody,
-    Problem,
     PutBody,
     RetrieveBody,
     Scores,
     Sides,
     Strict,
 )
+from retrikt_ray.serving.opened import Answers, Job
+from retrikt_ray.serving.replica import Endpoint
 
 Model = TypeVar("Model", bound=Strict)
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -53,18 +52,8 @@ IF_MATCH = {
 }
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A route with one method. Its description is the docstring of what handles it."""
-
-    method: str
-    path: str
-    handle: Callable[[Request], Awaitable[Response]]
-    answer: Any  # type of the JSON of a 200
-    body: type[Strict] | None = None
-    examples: dict[str, Any] = field(default_factory=dict)
-    statuses: tuple[int, ...] = ()  # beside 200, 401 and 500
-    parameters: tuple[dict[str, Any], ...] = ()
+ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+Routes = dict[str, dict[str, Handle]]  # by path and method
 
 
 class Api:
@@ -179,61 +168,49 @@ class Api:
         ]  # fmt: skip
 
 
+class Table:
+    """The ASGI app of routes whose paths are fixed: two look-ups, where a framework tries one pattern after the other."""
+
+    def __init__(self, routes: Routes) -> None:
+        self.routes, self.rest = routes, Router()  # which knows what to do with what is no request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.rest(scope, receive, send)
+            return
+        methods = self.routes.get(route_of(scope))
+        if methods is None:
+            raise HTTPException(404)
+        handle = methods.get("GET" if scope["method"] == "HEAD" else scope["method"])
+        if handle is None:
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods))})
+        response = await handle(Request(scope, receive, send))
+        await response(scope, receive, send)
+
+
+class Json(JSONResponse):
+    """JSON by an encoder that is made once."""
+
+    def render(self, content: Any) -> bytes:
+        return ENCODE(content).encode()
+
+
 def answered(answers: Answers, many: bool) -> Response:
     """A list for a list, one answer for one text; with the version that it is from."""
-    return JSONResponse(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": str(answers.version)})
+    return Json(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": answers.version})
 
 
 def versioned(answer: dict[str, Any]) -> Response:
     return JSONResponse(answer, headers={"ETag": f'"{answer["version"]}"'})
 
 
-def openapi(operations: list[Operation]) -> dict[str, Any]:
-    """The description of the API."""
-    types: dict[Any, TypeAdapter[Any]] = {(op.method, op.path, "answer"): TypeAdapter(op.answer) for op in operations}
-    types |= {(op.method, op.path, "body"): TypeAdapter(op.body) for op in operations if op.body} | {"problem": TypeAdapter(Problem)}
-    schemas, whole = TypeAdapter.json_schemas(
-        [(key, "validation", adapter) for key, adapter in types.items()], ref_template="#/components/schemas/{model}"
-    )
-    by_key: dict[Any, Any] = {key: schema for (key, _), schema in schemas.items()}
-    paths: dict[str, Any] = {}
-    for op in operations:
-        kind = "text/plain" if op.path == "/metrics" else "application/json"
-        responses = {"200": {"description": "The answer.", "content": {kind: {"schema": by_key[op.method, op.path, "answer"]}}}}
-        for status in sorted({*op.statuses, 500, *([401] if needed(op.method, op.path) else [])}):
-            responses[str(status)] = {"description": CODES[status], "content": {"application/json": {"schema": by_key["problem"]}}}
-        text = op.handle.__doc__ or ""
-        name = op.path.strip("/").replace("/", "_") or "inference"
-        described: dict[str, Any] = {
-            "operationId": name if op.method in ("GET", "POST") else f"{op.method.lower()}_{name}",
-            "summary": text.partition(".")[0].partition(":")[0],
-            "description": text,
-            "responses": responses,
-        }
-        if op.parameters:
-            described["parameters"] = list(op.parameters)
-        if op.body:
-            content = {"schema": by_key[op.method, op.path, "body"], "examples": {k: {"value": v} for k, v in op.examples.items()}}
-            described["requestBody"] = {"required": op.method != "DELETE", "content": {"application/json": content}}
-        if needed(op.method, op.path):
-            described["security"] = [{"key": []}, {}]
-        paths.setdefault(op.path, {})[op.method.lower()] = described
-    scheme = {"key": {"type": "http", "scheme": "bearer", "description": "A key, where the server has keys; edits need a write key."}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "retrikt", "version": __version__},
-        "paths": paths,
-        "components": {"schemas": whole["$defs"], "securitySchemes": scheme},
-    }
-
-
 def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     """The ASGI app over one replica. echo: as for Guard."""
     operations = Api(endpoint).operations()
     schema, metrics = openapi(operations), endpoint.metrics
-    pages = {name: (files("retrikt_ray.serving") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
+    pages = {name: (files("retrikt_ray.serving.api") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
 
-    def counted(op: Operation) -> Callable[[Request], Awaitable[Response]]:
+    def counted(op: Operation) -> Handle:
         name = f"{op.method} {op.path}"
         seconds = metrics.seconds.labels(name)
         statuses: dict[int, Any] = {}  # looked up once: labels() takes as long as a tenth of a small request
@@ -255,7 +232,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
 
         return handle
 
-    def page(name: str) -> Callable[[Request], Awaitable[Response]]:
+    def page(name: str) -> Handle:
         async def show(_: Request) -> Response:
             return HTMLResponse(pages[name], headers={"Content-Security-Policy": PAGE_POLICY})
 
@@ -264,9 +241,10 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     async def described(_: Request) -> Response:
         return JSONResponse(schema)
 
-    routes = [Route(op.path, counted(op), methods=[op.method]) for op in operations]
-    routes += [Route("/", page("page")), Route("/docs", page("docs")), Route("/openapi.json", described)]
-    app: ASGIApp = Guard(Router(routes, redirect_slashes=False), endpoint.args, Keys.load(endpoint.args), echo)
+    routes: Routes = {"/": {"GET": page("page")}, "/docs": {"GET": page("docs")}, "/openapi.json": {"GET": described}}
+    for op in operations:
+        routes.setdefault(op.path, {})[op.method] = counted(op)
+    app: ASGIApp = Guard(Table(routes), endpoint.args, Keys.load(endpoint.args), echo)
     if endpoint.args.cors_origins:
         app = CORSMiddleware(
             app,

@@ -1,0 +1,133 @@
+"""What stands between the network and the replicas: HAProxy with what is made of Ray's configuration, without Ray."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from retrikt_ray.serving.server import address_of, environment, free_port
+
+CONFIG = """global
+    maxconn 100
+    tune.bufsize 16384
+    log 127.0.0.1:5140 local0 info
+defaults
+    mode http
+    timeout connect 1s
+    timeout client 10s
+    timeout server 1s
+    errorfile 502 /nowhere
+    errorfile 503 /nowhere
+    balance leastconn
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    use_backend lost if {{ path /lost }}
+    use_backend late if {{ path /late }}
+    default_backend none
+backend none
+    server gone 127.0.0.1:{closed}
+backend lost
+    server ends 127.0.0.1:{ends}
+backend late
+    server sleeps 127.0.0.1:{sleeps}
+listen stats
+    bind *:8404
+    stats enable
+"""
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, int]]:
+    """Its process and port. Behind it: a server that ends every connection, one that never answers, and a port where nobody listens."""
+    home, port = tmp_path_factory.mktemp("front"), free_port()
+    settings = environment(home, address_of("127.0.0.1", port), 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as sleeps, socket.create_server(("127.0.0.1", 0)) as ends:
+        text = CONFIG.format(port=port, closed=free_port(), sleeps=sleeps.getsockname()[1], ends=ends.getsockname()[1])
+        (home / "haproxy.cfg").write_text(text)
+        started = subprocess.Popen(
+            [settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(home / "haproxy.cfg")], stderr=subprocess.DEVNULL
+        )
+
+        def end() -> None:
+            while True:
+                try:
+                    one, _ = ends.accept()
+                except OSError:
+                    return
+                one.recv(100)
+                one.close()
+
+        threading.Thread(target=end, daemon=True).start()
+        try:
+            for _ in range(100):
+                try:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            yield psutil.Process(started.pid), port
+        finally:
+            started.terminate()
+            started.wait(10)
+            ends.shutdown(socket.SHUT_RDWR)
+
+
+def told(port: int, *pieces: bytes) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body of what is answered to some bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sender:
+        for piece in pieces:
+            sender.sendall(piece)
+        answer = b""
+        try:
+            while piece := sender.recv(65536):
+                answer += piece
+        except ConnectionResetError:
+            pass
+    head, _, body = answer.decode().partition("\r\n\r\n")
+    return int(head.split()[1]), dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:]), body
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "code"),
+    [
+        ((b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",), 503, "overloaded"),
+        ((b"GET /lost HTTP/1.1\r\nHost: a\r\n\r\n",), 503, "interrupted"),
+        ((b"GET /late HTTP/1.1\r\nHost: a\r\n\r\n",), 503, "interrupted"),
+    ],
+)
+def test_what_no_replica_answers_is_json_too(front: tuple[psutil.Process, int], pieces: tuple[bytes, ...], status: int, code: str) -> None:
+    found, headers, body = told(front[1], *pieces)
+    problem = json.loads(body)
+    assert (found, problem["code"]) == (status, code) and problem.keys() == {"error", "code", "expected"}
+    assert (headers["content-type"], headers["retry-after"]) == ("application/json", "1")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status"),
+    [
+        ((b"GET / HTTP/1.1\r\n", b"X: " + b"a" * 20_000 + b"\r\n\r\n"), 400),
+        ((b"GET / HTTP/1.1\r\n", *(b"X-%d: a\r\n" % i for i in range(1000)), b"\r\n"), 400),
+        ((b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",), 400),
+        ((b"GET / HTTP/1.1\r\n",), 408),
+    ],
+)
+def test_a_head_that_is_no_request_is_refused_in_time(front: tuple[psutil.Process, int], pieces: tuple[bytes, ...], status: int) -> None:
+    """In HAProxy's words: what is no request yet has no other page."""
+    began = time.monotonic()
+    assert told(front[1], *pieces)[0] == status and time.monotonic() - began < 3
+
+
+def test_statistics_and_figures_are_not_there(front: tuple[psutil.Process, int]) -> None:
+    every = [front[0], *front[0].children(recursive=True)]
+    found = {(c.laddr.ip, c.laddr.port) for p in every for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert found == {("127.0.0.1", front[1])}
