@@ -122,18 +122,6 @@ class Training:
         loss = self.loss_of(self.windows[sorted(rows)])
         return loss, f"loss {loss.item():.3f}"
 
-    def steps_in(self, seconds: float) -> int:
-        """How many steps fit: by a few of them, of which nothing is kept."""
-        rows = list(range(min(self.config["batch"], len(self.windows))))
-        for round in range(2):  # the first compiles and warms up
-            began = time.monotonic()
-            for _ in range(5):
-                self.step_loss(0, rows)[0].backward()
-                self.optimizer.zero_grad()
-            took = (time.monotonic() - began) / 5
-            console.print(f"round {round}: {took:.3f} s a step")
-        return max(1, int(seconds / took))
-
     def finish(self, batches: list[list[int]]) -> None:
         """Write the model in bfloat16, and what its training gave."""
         import torch
@@ -171,10 +159,23 @@ class Talking(training.Solo):
             console.print(f"step {step} of {self.total}: {note}")
 
 
+def steps_in(job: Training, seconds: float) -> int:
+    """How many steps fit: by a few of them, of which nothing is kept."""
+    rows = list(range(min(job.config["batch"], len(job.windows))))
+    for turn in range(2):  # the first compiles and warms up
+        began = time.monotonic()
+        for _ in range(5):
+            job.step_loss(0, rows)[0].backward()
+            job.optimizer.zero_grad()
+        took = (time.monotonic() - began) / 5
+        console.print(f"turn {turn}: {took:.3f} s a step")
+    return max(1, int(seconds / took))
+
+
 def here(config: dict[str, Any], seconds: float) -> None:
     """The same training in this process, as many steps as fit into the time."""
     job = Training(config)
-    batches = job.batches(job.steps_in(seconds))
+    batches = job.batches(steps_in(job, seconds))
     training.run(Talking(job.optimizer, len(batches), config["seed"]), batches, job.step_loss)
     job.finish(batches)
 

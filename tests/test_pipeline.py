@@ -55,11 +55,13 @@ def test_report_has_the_contract(run: pipeline.Run) -> None:
     assert b"<html" in run.artifact("report").read_bytes("report.html")
 
 
-def test_teacher_beats_majority_on_a_learnable_task(run: pipeline.Run) -> None:
-    """The two classes have disjoint words, so a pipeline that mixed up rows or labels somewhere would show here."""
+def test_what_rows_teach_is_ahead_of_the_majority_on_a_learnable_task(run: pipeline.Run) -> None:
+    """The two classes have disjoint words, so a pipeline that mixed up rows or labels somewhere would show here. (The mixture follows a teacher of
+    random weights, which knows hardly more than chance.)"""
     systems = run.artifact("report").read_json("report.json")["systems"]
     assert systems["tfidf_labels"]["score"]["mean"] > 0.9
-    assert systems["retrikt"]["score"]["mean"] > systems["majority"]["score"]["mean"]
+    for name in ("student_labels", "student_kd_labels", "student_kd_store"):
+        assert systems[name]["score"]["mean"] > systems["majority"]["score"]["mean"] + 0.1, name
 
 
 def test_a_second_call_skips_everything(run: pipeline.Run) -> None:

@@ -265,8 +265,8 @@ def test_what_a_person_has_said_of_a_text_is_not_outvoted(tmp_path: Path) -> Non
 
 def test_info(tmp_path: Path) -> None:
     info = Predictor.open(make_run(tmp_path, mixture=Mixture(0.7, 0.2, 0.1, 0.6, 16, 0.05, 8, 2.0))).info()
-    parameters = info["student"].pop("parameters")
-    assert parameters > 0
+    parameters, release = info["student"].pop("parameters"), info.pop("release")
+    assert parameters > 0 and len(release) == 12
     assert info == {
         "task": "tiny",
         "problem": "classification",
