@@ -10,14 +10,11 @@ What was left out on purpose: versions of an artifact. A run has one config; a c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, digest
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, digest, sealed
+from retrikt_ray.runtime.leases.lease import Right
 
 DRAFT = "draft.json"  # names the fingerprint that the unfinished files of a folder belong to
 
@@ -77,11 +74,18 @@ def check(folder: Folder, deep: bool = False, only: list[str] | None = None) -> 
     return manifest
 
 
-def open_draft(folder: Folder, fingerprint: str) -> None:
-    """Make the folder ready for writing. Files of an interrupted attempt at the same fingerprint stay, all others go."""
-    if folder.exists(DRAFT) and not folder.exists(MANIFEST) and folder.read_json(DRAFT).get("fingerprint") == fingerprint:
+def open_draft(folder: Folder, fingerprint: str, right: Right | None = None) -> None:
+    """Make the folder ready for writing. Files of an interrupted attempt at the same fingerprint stay, all others go.
+
+    right: to write below the run directory; None: nobody else can know of the folder.
+    """
+    right = right or Right()
+    before, tag = right.read(folder, MANIFEST)
+    if before is None and folder.exists(DRAFT) and folder.read_json(DRAFT).get("fingerprint") == fingerprint:
         return
-    folder.remove(MANIFEST)  # first: from here on the folder is not complete
+    if before is not None:
+        right.remove(folder, MANIFEST, tag)  # first: from here on the folder is not complete
+    right.check()
     folder.remove()
     folder.write_json(DRAFT, {"fingerprint": fingerprint})
 
@@ -96,10 +100,15 @@ def seal(
     seed: int,
     started: float,
     summary: dict[str, Any] | None = None,
+    right: Right | None = None,
 ) -> Manifest:
-    """Write the manifest over all files of the folder; from here on it is complete."""
+    """Write the manifest over all files of the folder; from here on it is complete. right: as for `open_draft`."""
+    right = right or Right()
+    before, tag = right.read(folder, MANIFEST)
+    if before is not None:
+        right.remove(folder, MANIFEST, tag)
+    right.check()
     folder.remove(DRAFT)
-    folder.remove(MANIFEST)  # of an interrupted sealing of a sibling output
     files: dict[str, dict[str, Any]] = {}
     rows: dict[str, int] = {}
     columns: dict[str, list[str]] = {}
@@ -125,24 +134,8 @@ def seal(
         seconds=round(time.time() - started, 3),
         summary=summary or {},
     )
-    folder.write_sealed(MANIFEST, asdict(manifest))
+    right.publish(folder, MANIFEST, sealed(asdict(manifest)))
     return manifest
-
-
-@contextmanager
-def locked(folder: Folder) -> Iterator[None]:
-    """Keep a second driver off a local run directory. The kernel drops the lock when its holder dies, however it dies."""
-    if not folder.is_local:
-        yield
-        return
-    import fcntl
-
-    with open(Path(folder.uri) / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working on {folder}; wait for it or choose another --out") from None
-        yield
 
 
 def versions() -> dict[str, str]:

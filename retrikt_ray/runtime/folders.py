@@ -49,6 +49,11 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def sealed(value: dict[str, Any]) -> bytes:
+    """JSON that carries the digest of itself."""
+    return as_json(value | {"checksum": digest(value)})
+
+
 def stamp(info: dict[str, Any]) -> list[Any]:
     """Size and time or tag of a file, from what a filesystem tells of it."""
     return [int(info["size"]), *(str(info[key]) for key in ("mtime", "ETag", "etag", "LastModified", "last_modified") if info.get(key))]
@@ -72,7 +77,7 @@ class Folder:
     def is_local(self) -> bool:
         return "://" not in self.uri
 
-    def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+    def place(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
         # Without a cache of listings: another process may have written what was not there a moment ago.
         return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
 
@@ -84,12 +89,12 @@ class Folder:
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem | None, str]:
         """For libraries that write by themselves: pyarrow's filesystem (None: the local disk) and the path on it."""
-        fs, path = self._fs()
+        fs, path = self.place()
         return None if self.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
     def signature(self, name: str) -> list[Any] | None:
         """Changes whenever the file is replaced; None where it is not there."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         try:
             info = fs.info(path)
         except FileNotFoundError:
@@ -98,7 +103,7 @@ class Folder:
 
     def stamps(self) -> dict[str, list[Any]]:
         """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
-        fs, path = self._fs()
+        fs, path = self.place()
         if not fs.exists(path):
             return {}
         root, found = path.rstrip("/") + "/", fs.find(path, detail=True)
@@ -106,20 +111,20 @@ class Folder:
 
     def stamp(self, name: str) -> list[Any] | None:
         """The same of one file; None where it is not there."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return stamp(fs.info(path)) if fs.exists(path) else None
 
     def exists(self, name: str = "") -> bool:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return bool(fs.exists(path))
 
     def size(self, name: str) -> int:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return int(fs.size(path))
 
     def files(self) -> list[str]:
         """Names of all files below, relative, sorted; temporary files of an interrupted write are not among them."""
-        fs, path = self._fs()
+        fs, path = self.place()
         if not fs.exists(path):
             return []
         root = path.rstrip("/") + "/"
@@ -135,14 +140,14 @@ class Folder:
             with self.create(name) as aside:
                 aside.write_bytes(data)
         else:
-            fs, path = self._fs(name)
+            fs, path = self.place(name)
             fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.pipe_file(path, data)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A local path to write a file to; when the block ends well, the file is there under `name`, whole and flushed to the disk."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if self.is_local:
             aside = Path(f"{path}.tmp-{uuid.uuid4().hex[:8]}")
@@ -168,7 +173,7 @@ class Folder:
 
     def open(self, name: str) -> BinaryIO:
         """A seekable handle for reading. Raises ArtifactError when the file is missing."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         try:
             return fs.open(path, "rb")
         except FileNotFoundError:
@@ -196,11 +201,14 @@ class Folder:
 
     def write_sealed(self, name: str, value: dict[str, Any]) -> None:
         """JSON that carries the digest of itself, so that a reader sees any change of it."""
-        self.write_json(name, value | {"checksum": digest(value)})
+        self.write_bytes(name, sealed(value))
 
     def read_sealed(self, name: str) -> dict[str, Any]:
         """What `write_sealed` wrote. Raises ArtifactError where a single byte is not as it was written."""
-        data = self.read_bytes(name)
+        return self.unsealed(name, self.read_bytes(name))
+
+    def unsealed(self, name: str, data: bytes) -> dict[str, Any]:
+        """The same of the contents of a file."""
         value = self._json(name, data)
         if not isinstance(value, dict) or "checksum" not in value:
             raise ArtifactError(f"{self.uri}/{name} has no checksum: cut, or written by another version")
@@ -239,7 +247,7 @@ class Folder:
         self.write_bytes(name, buffer.getvalue())
 
     def remove(self, name: str = "") -> None:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
@@ -262,7 +270,7 @@ class Folder:
             aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
             for name in self.files():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                fs, path = self._fs(name)
+                fs, path = self.place(name)
                 fs.get_file(path, str(aside / name))
             differs = self._differs(aside, sealed) if sealed else None
             if differs:

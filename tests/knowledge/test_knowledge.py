@@ -517,7 +517,7 @@ def test_a_lost_manifest_is_not_an_unedited_run(run: Folder) -> None:
 def test_a_second_writer_waits_and_is_told(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     knowledge = Knowledge.open(run)
     monkeypatch.setattr(log, "WAIT_S", 0.2)
-    with log.writing(run), pytest.raises(ConfigError, match="another process has been editing"):
+    with log.writing(run), pytest.raises(ConfigError, match=r"run is held by `.*` \(process \d+ on .*, since .* UTC\). Wait for it to end"):
         knowledge.add([{"text": "one more", "label": "positive"}])
     knowledge.add([{"text": "one more", "label": "positive"}])
 
