@@ -153,12 +153,10 @@ def open_run(out: str, config: RunConfig) -> Run:
     if not folder.exists("config.yaml") and set(folder.files()) - FILES:
         raise ConfigError(f"{folder} is not a run directory: it has files but no config.yaml; choose another --out")
     try:
-        folder.write_json(".writable", {})
-        folder.remove(".writable")
+        with hold(folder, RUN):
+            write_config(folder, config)
     except OSError as error:
         raise ConfigError(f"cannot write to the run directory {folder}: {error.strerror or error}") from None
-    with hold(folder, RUN):
-        write_config(folder, config)
     return Run(folder, config)
 
 

@@ -49,7 +49,7 @@ def put(folder: Folder, name: str, data: bytes, tag: str | None) -> str:
             if status(error) == 409:
                 time.sleep(CONFLICT_PAUSE_S)
                 continue
-            if status(error) not in (404, 412):
+            if status(error) not in ((412,) if tag is None else (404, 412)):
                 raise
             there, found = get(folder, name)
             if there == data and found is not None:  # the client sent it twice, since the first answer was lost

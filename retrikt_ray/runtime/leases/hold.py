@@ -42,6 +42,7 @@ def hold(folder: Folder, what: str, wait_s: float = 0.0) -> Iterator[Right]:
 @contextmanager
 def locked(path: Path, wait_s: float) -> Iterator[None]:
     """Hold a lock of the kernel, which drops it when its holder dies, however it dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as handle:
         until = time.monotonic() + wait_s
         while True:

@@ -11,7 +11,7 @@ edits) is written on the condition that what it replaces is what its writer has 
 
 from __future__ import annotations
 
-import _thread
+import signal
 import threading
 import time
 import uuid
@@ -140,7 +140,7 @@ class Lease(Right):
                 self.renew()
             except LeaseLost:
                 if main and not self.ended.is_set():
-                    _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also out of a call that waits
                 return
             except OSError as error:  # the store cannot be reached: `check` sees whether that matters
                 console.print(f"cannot renew the lease {self}: {error}", markup=False)
