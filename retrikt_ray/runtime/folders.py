@@ -11,9 +11,7 @@ import io
 import json
 import os
 import posixpath
-import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +23,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
+
+from retrikt_ray.runtime import copies
 
 PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language model that come with the package
 MANIFEST = "manifest.json"  # written last: the folder is complete
@@ -252,48 +252,48 @@ class Folder:
             fs.rm(path, recursive=True)
 
     def local(self) -> Path:
-        """A local directory with these files: itself on a disk, else a copy in a cache that is keyed by the manifest and compared with it.
+        """A local directory with these files: itself on a disk, else a copy in the cache of this machine (`copies.py`), compared with the manifest.
 
-        Raises ArtifactError when a file is not what the manifest says, or the cache is not this user's own.
+        Where there is no manifest (a part of an artifact, or one that is being written), a copy is one of the files' tags.
+        Raises ArtifactError when a file is not what the manifest says.
         """
         if self.is_local:
             return Path(self.uri)
-        sealed = self.read_sealed(MANIFEST) if self.exists(MANIFEST) else None
-        key = digest([self.uri, sealed or time.time()])[:20]
-        cache = Path(tempfile.gettempdir()) / f"retrikt-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022:
-            raise ArtifactError(f"{cache} can be written by others: it holds copies of {self.uri}; remove it or set TMPDIR")
-        target = cache / key
-        if not (target.exists() and sealed and self._differs(target, sealed) is None):
-            shutil.rmtree(target, ignore_errors=True)
-            aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
-            for name in self.files():
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                fs, path = self.place(name)
-                fs.get_file(path, str(aside / name))
-            differs = self._differs(aside, sealed) if sealed else None
-            if differs:
-                shutil.rmtree(aside)
-                raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
-            try:
-                aside.rename(target)
-            except OSError:  # another process of this machine was first; its copy is the same
-                shutil.rmtree(aside)
-                if not target.exists():
-                    raise
-        return target
+        wanted = self.read_sealed(MANIFEST)["files"] if self.exists(MANIFEST) else None
+        tags = {} if wanted else self.stamps()
+        names = sorted(wanted or tags)
 
-    @staticmethod
-    def _differs(copy: Path, sealed: dict[str, Any]) -> str | None:
-        """The first file of a manifest that a copy does not hold as it should be."""
-        folder = Folder(str(copy))
-        for name, want in sealed["files"].items():
-            if not folder.exists(name) or folder.size(name) != want["bytes"] or folder.sha256(name) != want["sha256"]:
-                return str(name)
-        return None
+        def fill(target: Path) -> None:
+            for name in names:
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                fs, path = self.place(name)
+                fs.get_file(path, str(target / name))
+            if wanted and (differs := copy_differs(target, wanted)):
+                raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
+
+        told = all(len(tag) > 1 for tag in tags.values())  # else only sizes are known, and a copy serves once
+        content = {name: file["sha256"] for name, file in wanted.items()} if wanted else [self.uri, tags, told or uuid.uuid4().hex]
+        return copies.directory(digest(content)[:20], fill, lambda target: not wanted or copy_differs(target, wanted) is None)
 
     def upload(self, source: Path) -> None:
         """Copy every file below a local directory into this folder, each one whole or not at all."""
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
             self.write_bytes(path.relative_to(source).as_posix(), path.read_bytes())
+
+
+compared: dict[str, tuple[Any, ...]] = {}  # files of copies that this process has read and found right, as they were then
+
+
+def copy_differs(copy: Path, wanted: dict[str, Any]) -> str | None:
+    """The first file of a manifest that a copy does not hold as it should be. What was compared is not read again unless it was touched."""
+    folder = Folder(str(copy))
+    for name, want in wanted.items():
+        if not folder.exists(name) or folder.size(name) != want["bytes"]:
+            return str(name)
+        found = os.stat(copy / name)
+        state = (want["sha256"], found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if compared.get(f"{copy}/{name}") != state:
+            if folder.sha256(name) != want["sha256"]:
+                return str(name)
+            compared[f"{copy}/{name}"] = state
+    return None

@@ -503,7 +503,7 @@ def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: py
     np.testing.assert_array_equal(Predictor.open(run).predict(QUERY).answers, want)
     assert [copy.read_bytes() for copy in copies] == whole
     (tmp_path / f"retrikt-{os.getuid()}").chmod(0o777)
-    with pytest.raises(ArtifactError, match="can be written by others"):
+    with pytest.raises(ConfigError, match="can be written by others"):
         Predictor.open(run)
 
 

@@ -291,6 +291,7 @@ def test_two_drivers_lose_nothing(drill: Drill) -> None:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_50_rounds_of_two_editors_lose_nothing(drill: Drill) -> None:
     counts = edit_again_and_again(drill, 50)
     print(f"\n50 rounds of two editors: {dict(counts)}")
@@ -298,6 +299,7 @@ def test_50_rounds_of_two_editors_lose_nothing(drill: Drill) -> None:
 
 
 @pytest.mark.bench
+@pytest.mark.timeout(3600)
 def test_50_rounds_of_two_drivers_lose_nothing(drill: Drill) -> None:
     counts = drive_again_and_again(drill, 50)
     print(f"\n50 rounds of two drivers: {dict(counts)}")
