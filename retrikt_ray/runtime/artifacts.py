@@ -44,11 +44,11 @@ class Manifest:
 
 def read_manifest(folder: Folder) -> Manifest | None:
     """The manifest of a complete artifact, or None where the artifact is not there or not finished."""
-    if not folder.exists(MANIFEST):
+    data = folder.read_if_there(MANIFEST)
+    if data is None:
         return None
-    data = folder.read_sealed(MANIFEST)
     try:
-        return Manifest(**data)
+        return Manifest(**folder.unsealed(MANIFEST, data))
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
 
@@ -61,15 +61,16 @@ def check(folder: Folder, deep: bool = False, only: list[str] | None = None) -> 
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError(f"{folder} is not complete: it has no {MANIFEST}")
+    sizes = folder.sizes()
     for name, want in manifest.files.items():
         if only is not None and name not in only:
             continue
-        if not folder.exists(name):
+        if name not in sizes:
             raise ArtifactError(f"{folder}/{name} is missing; its manifest names it")
-        size = folder.size(name)
+        size = sizes[name]
         if size != want["bytes"]:
             raise ArtifactError(f"{folder}/{name} has {size} bytes, its manifest says {want['bytes']}: truncated or altered")
-        if deep and folder.sha256(name) != want["sha256"]:
+        if deep and folder.sha256(name, size) != want["sha256"]:
             raise ArtifactError(f"{folder}/{name} was altered: its SHA-256 is not the one in the manifest")
     return manifest
 
@@ -112,10 +113,10 @@ def seal(
     files: dict[str, dict[str, Any]] = {}
     rows: dict[str, int] = {}
     columns: dict[str, list[str]] = {}
-    for name in folder.files():
-        files[name] = {"sha256": folder.sha256(name), "bytes": folder.size(name)}
+    for name, size in sorted(folder.sizes().items()):
+        files[name] = {"sha256": folder.sha256(name, size), "bytes": size}
         if name.endswith(".parquet"):
-            with folder.parquet(name) as file:
+            with folder.parquet(name, size) as file:
                 meta = file.metadata
             table = name.rsplit("/", 1)[-1].removesuffix(".parquet").split("-")[0]
             rows[table] = rows.get(table, 0) + meta.num_rows

@@ -8,6 +8,7 @@ was asked for longest ago first. A process that lives long lets go of what it ha
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from retrikt_ray.runtime.settings import ConfigError
 
@@ -106,6 +108,25 @@ def evict(cache: Path, limit: float) -> None:
             os.close(lock)
         if sum(sizes.values()) <= limit:
             return
+
+
+compared: dict[str, tuple[object, ...]] = {}  # files of copies that this process has read and found right, as they were then
+
+
+def differs(copy: Path, wanted: dict[str, Any]) -> str | None:
+    """The first file of a manifest ({name: {sha256, bytes}}) that a copy does not hold as it should be. What was compared is read again only if it was touched."""
+    for name, want in wanted.items():
+        path = copy / name
+        if not path.exists() or path.stat().st_size != want["bytes"]:
+            return name
+        found = path.stat()
+        state = (want["sha256"], found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+        if compared.get(str(path)) != state:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+                    return name
+            compared[str(path)] = state
+    return None
 
 
 def let_go(cache: Path) -> None:

@@ -25,8 +25,14 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from retrikt_ray.runtime import copies
+from retrikt_ray.runtime.settings import ConfigError
 
 PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language model that come with the package
+OBJECT_STORES = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")  # which know no directories
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by kind of place
+S3 = ("s3://", "s3a://")
+S3_ONCE = {"max_concurrency": 1}  # else it asks for the size first, to see whether it should ask for pieces side by side
+PIECE = 64 << 20  # bytes that are asked for at a time
 MANIFEST = "manifest.json"  # written last: the folder is complete
 
 
@@ -78,8 +84,13 @@ class Folder:
         return "://" not in self.uri
 
     def place(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+        """The filesystem, and the path on it. Raises ConfigError where the library of a kind of place is not installed."""
         # Without a cache of listings: another process may have written what was not there a moment ago.
-        return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
+        try:
+            return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
+        except ImportError as error:
+            extra = EXTRAS.get(self.uri.partition("://")[0])
+            raise ConfigError(f"{self.uri}: {error}" + (f" (pip install 'retrikt-ray[{extra}]')" if extra else "")) from None
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(posixpath.join(self.uri, name))
@@ -104,8 +115,6 @@ class Folder:
     def stamps(self) -> dict[str, list[Any]]:
         """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
         fs, path = self.place()
-        if not fs.exists(path):
-            return {}
         root, found = path.rstrip("/") + "/", fs.find(path, detail=True)
         return {name[len(root) :]: stamp(info) for name, info in found.items() if ".tmp-" not in name}
 
@@ -124,15 +133,25 @@ class Folder:
 
     def files(self) -> list[str]:
         """Names of all files below, relative, sorted; temporary files of an interrupted write are not among them."""
-        fs, path = self.place()
-        if not fs.exists(path):
-            return []
-        root = path.rstrip("/") + "/"
-        return sorted(name for name in (f[len(root) :] for f in fs.find(path)) if ".tmp-" not in name)
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Of each file below, its size. One listing."""
+        return {name: tags[0] for name, tags in self.stamps().items()}
 
     def read_bytes(self, name: str) -> bytes:
-        with self.open(name) as handle:
-            return handle.read()
+        found = self.read_if_there(name)
+        if found is None:
+            raise ArtifactError(f"{self.uri}/{name} is missing")
+        return found
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """A file's bytes, None where it is not there: one request."""
+        fs, path = self.place(name)
+        try:
+            return bytes(fs.cat_file(path, **(S3_ONCE if self.uri.startswith(S3) else {})))
+        except FileNotFoundError:
+            return None
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write whole or not at all."""
@@ -141,14 +160,18 @@ class Folder:
                 aside.write_bytes(data)
         else:
             fs, path = self.place(name)
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            self._make_directory(fs, path)
             fs.pipe_file(path, data)
+
+    def _make_directory(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        if not self.uri.startswith(OBJECT_STORES):
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A local path to write a file to; when the block ends well, the file is there under `name`, whole and flushed to the disk."""
         fs, path = self.place(name)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        self._make_directory(fs, path)
         if self.is_local:
             aside = Path(f"{path}.tmp-{uuid.uuid4().hex[:8]}")
         else:
@@ -171,21 +194,24 @@ class Folder:
             if not self.is_local:
                 aside.parent.rmdir()
 
-    def open(self, name: str) -> BinaryIO:
-        """A seekable handle for reading. Raises ArtifactError when the file is missing."""
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """A seekable handle for reading. size: of the file, where it is known. Raises ArtifactError when the file is missing."""
         fs, path = self.place(name)
         try:
-            return fs.open(path, "rb")
+            handle = fs.open(path, "rb", **({} if size is None or self.is_local else {"size": size}))
+            if size is not None and self.uri.startswith(S3):
+                handle.details = {"name": path, "size": size, "type": "file"}  # else it asks for them
+            return handle
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} is missing") from None
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 hex digest of a file, read piece by piece."""
-        with self.open(name) as handle:
-            found = hashlib.sha256()
-            while piece := handle.read(1 << 20):
-                found.update(piece)
-            return found.hexdigest()
+    def sha256(self, name: str, size: int | None = None) -> str:
+        """SHA-256 hex digest of a file, read piece by piece. size: as for `open`."""
+        fs, path = self.place(name)
+        size, found = self.size(name) if size is None else size, hashlib.sha256()
+        for start in range(0, size, PIECE):
+            found.update(fs.cat_file(path, start=start, end=min(start + PIECE, size)))
+        return found.hexdigest()
 
     def read_json(self, name: str) -> Any:
         return self._json(name, self.read_bytes(name))
@@ -226,9 +252,9 @@ class Folder:
             raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
 
     @contextmanager
-    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file opened for reading row group by row group. Raises ArtifactError that names it when it cannot be read."""
-        with self.open(name) as handle:
+    def parquet(self, name: str, size: int | None = None) -> Iterator[pq.ParquetFile]:
+        """A Parquet file opened for reading row group by row group. size: as for `open`. Raises ArtifactError that names it when it cannot be read."""
+        with self.open(name, size) as handle:
             try:
                 yield pq.ParquetFile(handle)
             except (pa.ArrowInvalid, OSError) as error:
@@ -268,32 +294,14 @@ class Folder:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 fs, path = self.place(name)
                 fs.get_file(path, str(target / name))
-            if wanted and (differs := copy_differs(target, wanted)):
+            if wanted and (differs := copies.differs(target, wanted)):
                 raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
 
         told = all(len(tag) > 1 for tag in tags.values())  # else only sizes are known, and a copy serves once
         content = {name: file["sha256"] for name, file in wanted.items()} if wanted else [self.uri, tags, told or uuid.uuid4().hex]
-        return copies.directory(digest(content)[:20], fill, lambda target: not wanted or copy_differs(target, wanted) is None)
+        return copies.directory(digest(content)[:20], fill, lambda target: not wanted or copies.differs(target, wanted) is None)
 
     def upload(self, source: Path) -> None:
         """Copy every file below a local directory into this folder, each one whole or not at all."""
         for path in sorted(p for p in source.rglob("*") if p.is_file()):
             self.write_bytes(path.relative_to(source).as_posix(), path.read_bytes())
-
-
-compared: dict[str, tuple[Any, ...]] = {}  # files of copies that this process has read and found right, as they were then
-
-
-def copy_differs(copy: Path, wanted: dict[str, Any]) -> str | None:
-    """The first file of a manifest that a copy does not hold as it should be. What was compared is not read again unless it was touched."""
-    folder = Folder(str(copy))
-    for name, want in wanted.items():
-        if not folder.exists(name) or folder.size(name) != want["bytes"]:
-            return str(name)
-        found = os.stat(copy / name)
-        state = (want["sha256"], found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if compared.get(f"{copy}/{name}") != state:
-            if folder.sha256(name) != want["sha256"]:
-                return str(name)
-            compared[f"{copy}/{name}"] = state
-    return None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from retrikt_ray.runtime.folders import Folder, as_json
+from retrikt_ray.runtime.folders import S3, Folder, as_json
 from retrikt_ray.runtime.leases.conditional import Changed
 from retrikt_ray.runtime.leases.holder import card_of, myself, told, utc
 from retrikt_ray.runtime.leases.lease import Lease, LeaseHeld, LeaseLost, Right
@@ -30,7 +30,7 @@ def hold(folder: Folder, what: str, wait_s: float = 0.0) -> Iterator[Right]:
     if folder.is_local:
         with locked(Path(folder.uri) / f".{what}.lock", wait_s):
             yield Right()
-    elif folder.uri.startswith(("s3://", "s3a://")):
+    elif folder.uri.startswith(S3):
         with leased(Lease(folder, f"{what}.lease.json"), wait_s) as lease:
             yield lease
     else:

@@ -49,7 +49,7 @@ class Right:
 
     def read(self, folder: Folder, name: str) -> tuple[bytes | None, str | None]:
         """A file, None where it is not there, and its tag: what `write` and `remove` are to find."""
-        return (folder.read_bytes(name) if folder.exists(name) else None), None
+        return folder.read_if_there(name), None
 
     def write(self, folder: Folder, name: str, data: bytes, tag: str | None) -> str | None:
         """Write in the place of what was read with the tag (None: of nothing); the new tag. Raises LeaseLost, and writes nothing, where another file is there."""
