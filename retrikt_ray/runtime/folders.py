@@ -29,7 +29,6 @@ from retrikt_ray.runtime.settings import ConfigError
 
 PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language model that come with the package
 OBJECT_STORES = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")  # which know no directories
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, by kind of place
 S3 = ("s3://", "s3a://")
 S3_ONCE = {"max_concurrency": 1}  # else it asks for the size first, to see whether it should ask for pieces side by side
 PIECE = 64 << 20  # bytes that are asked for at a time
@@ -89,8 +88,7 @@ class Folder:
         try:
             return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
         except ImportError as error:
-            extra = EXTRAS.get(self.uri.partition("://")[0])
-            raise ConfigError(f"{self.uri}: {error}" + (f" (pip install 'retrikt-ray[{extra}]')" if extra else "")) from None
+            raise ConfigError(f"{self.uri}: {error} (pip install 'retrikt-ray[s3]', for gs:// 'retrikt-ray[gcs]')") from None
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(posixpath.join(self.uri, name))
@@ -115,8 +113,8 @@ class Folder:
     def stamps(self) -> dict[str, list[Any]]:
         """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
         fs, path = self.place()
-        root, found = path.rstrip("/") + "/", fs.find(path, detail=True)
-        return {name[len(root) :]: stamp(info) for name, info in found.items() if ".tmp-" not in name}
+        root = len(path.rstrip("/")) + 1
+        return {name[root:]: stamp(info) for name, info in fs.find(path, detail=True).items() if ".tmp-" not in name[root:]}
 
     def stamp(self, name: str) -> list[Any] | None:
         """The same of one file; None where it is not there."""
@@ -140,8 +138,7 @@ class Folder:
         return {name: tags[0] for name, tags in self.stamps().items()}
 
     def read_bytes(self, name: str) -> bytes:
-        found = self.read_if_there(name)
-        if found is None:
+        if (found := self.read_if_there(name)) is None:
             raise ArtifactError(f"{self.uri}/{name} is missing")
         return found
 
@@ -160,18 +157,16 @@ class Folder:
                 aside.write_bytes(data)
         else:
             fs, path = self.place(name)
-            self._make_directory(fs, path)
+            if not self.uri.startswith(OBJECT_STORES):
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.pipe_file(path, data)
-
-    def _make_directory(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
-        if not self.uri.startswith(OBJECT_STORES):
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A local path to write a file to; when the block ends well, the file is there under `name`, whole and flushed to the disk."""
         fs, path = self.place(name)
-        self._make_directory(fs, path)
+        if not self.uri.startswith(OBJECT_STORES):
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if self.is_local:
             aside = Path(f"{path}.tmp-{uuid.uuid4().hex[:8]}")
         else:
@@ -198,9 +193,10 @@ class Folder:
         """A seekable handle for reading. size: of the file, where it is known. Raises ArtifactError when the file is missing."""
         fs, path = self.place(name)
         try:
-            handle = fs.open(path, "rb", **({} if size is None or self.is_local else {"size": size}))
-            if size is not None and self.uri.startswith(S3):
-                handle.details = {"name": path, "size": size, "type": "file"}  # else it asks for them
+            if size is None or not self.uri.startswith(S3):
+                return fs.open(path, "rb")
+            handle = fs.open(path, "rb", size=size)
+            handle.details = {"name": path, "size": size, "type": "file"}  # else it asks for them
             return handle
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} is missing") from None
@@ -262,8 +258,7 @@ class Folder:
 
     def read_tables(self, prefix: str = "part-", columns: list[str] | None = None) -> pa.Table:
         """All Parquet files whose name starts with `prefix`, in the order of their names, as one table."""
-        names = [n for n in self.files() if n.startswith(prefix) and n.endswith(".parquet")]
-        if not names:
+        if not (names := [n for n in self.files() if n.startswith(prefix) and n.endswith(".parquet")]):
             raise ArtifactError(f"{self.uri} holds no {prefix}*.parquet")
         return pa.concat_tables([self.read_table(n, columns) for n in names])
 
@@ -280,17 +275,15 @@ class Folder:
     def local(self) -> Path:
         """A local directory with these files: itself on a disk, else a copy in the cache of this machine (`copies.py`), compared with the manifest.
 
-        Where there is no manifest (a part of an artifact, or one that is being written), a copy is one of the files' tags.
-        Raises ArtifactError when a file is not what the manifest says.
+        Without a manifest (a part of an artifact) it is known by its files' tags. Raises ArtifactError when a file is not what the manifest says.
         """
         if self.is_local:
             return Path(self.uri)
-        wanted = self.read_sealed(MANIFEST)["files"] if self.exists(MANIFEST) else None
+        wanted = self.unsealed(MANIFEST, data)["files"] if (data := self.read_if_there(MANIFEST)) is not None else None
         tags = {} if wanted else self.stamps()
-        names = sorted(wanted or tags)
 
         def fill(target: Path) -> None:
-            for name in names:
+            for name in sorted(wanted or tags):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 fs, path = self.place(name)
                 fs.get_file(path, str(target / name))

@@ -125,9 +125,10 @@ class Lease(Right):
                     self.put()
                     return
                 except Changed:
-                    data, self.tag = conditional.get(self.folder, self.name)
+                    data, tag = conditional.get(self.folder, self.name)
                     if card_of(data).get("holder") != self.id:
-                        break  # else the answer to an earlier request of mine was lost
+                        break
+                    self.tag = tag  # the answer to an earlier request of mine was lost
             self.lost = True
         raise self.loss(f"the lease {self} was lost")
 
