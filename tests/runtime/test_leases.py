@@ -48,7 +48,7 @@ def elsewhere(place: Folder) -> None:
     """Let the holder be a process of another machine, of which nobody here can see whether it is alive."""
     data, tag = conditional.get(place, NAME)
     conditional.put(
-        place, NAME, json.dumps(card_of(data) | {"process": ["boot", "pid", "1", "1"], "host": "there", "pid": 1}).encode(), tag
+        place, NAME, json.dumps(card_of(data) | {"process": ["boot", "pid", "0", "1", "1"], "host": "there", "pid": 1}).encode(), tag
     )
 
 
@@ -184,9 +184,10 @@ def test_who_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     process.wait()
     assert dead(theirs)
     assert theirs["process"] is not None
-    assert not dead({"process": ["another boot", *theirs["process"][1:]]})
+    for i in range(3):  # of another machine, container or user
+        assert not dead({"process": [*theirs["process"][:i], "another", *theirs["process"][i + 1 :]]})
     mine = identity(os.getpid())
-    assert mine is not None and dead({"process": [*mine[:3], "1"]})  # a number that was given to another process
+    assert mine is not None and dead({"process": [*mine[:4], "1"]})  # a number that was given to another process
 
 
 def test_what_is_told_leaves_options_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,19 +19,19 @@ def myself() -> dict[str, Any]:
 
 
 def identity(pid: int) -> list[str] | None:
-    """Boot, process namespace, number and start of a living process: no two have the same. None: dead, or not to be told on this system."""
+    """Boot, process namespace, number and start of a living process of this user: no two have the same. None: dead, or not to be told on this system."""
     try:
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-        machine = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        machine = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid"), str(os.getuid())]
     except OSError:
         return None
     return None if state in "ZX" else [*machine, str(pid), rest[18]]
 
 
 def dead(card: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine that is no more. Of other machines' processes nothing is known: False."""
+    """Whether the holder was a process of this machine and user that is no more. Others' may be hidden from us, or out of sight: False."""
     process, mine = card.get("process"), identity(os.getpid())
-    return bool(process and mine and process[:2] == mine[:2] and identity(int(process[2])) != process)
+    return bool(process and mine and process[:3] == mine[:3] and identity(int(process[3])) != process)
 
 
 def card_of(data: bytes | None) -> dict[str, Any]:
