@@ -89,7 +89,7 @@ def made_up(name: str, number: int) -> Any:
         for output in [o for n, o in outputs.items() if n != "scratch"]:
             for part in range(PARTS):
                 if not output.exists(f"part-{part}"):
-                    time.sleep(0.08)
+                    time.sleep(0.12)
                     output.write_bytes(f"part-{part}", part_of(output.uri.rsplit("/", 1)[1], config.model_dump(mode="json"), part))
         return {"writer": number}
 
