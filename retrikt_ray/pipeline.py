@@ -150,7 +150,7 @@ class Run:
 def open_run(out: str, config: RunConfig) -> Run:
     """Take a directory for a run of this config. Raises ConfigError when it holds a run of another task or seed, or is not writable."""
     folder = Folder.at(out)
-    if not folder.exists("config.yaml") and set(folder.files()) - FILES:
+    if not folder.exists("config.yaml") and (found := set(folder.files()) - FILES) and "config.yaml" not in found:  # written meanwhile
         raise ConfigError(f"{folder} is not a run directory: it has files but no config.yaml; choose another --out")
     try:
         with hold(folder, RUN):
