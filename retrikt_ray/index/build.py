@@ -17,10 +17,10 @@ from pydantic import Field
 
 from retrikt_ray.index.factory import choose
 from retrikt_ray.index.learning import learn
-from retrikt_ray.index.lexical import Postings
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher, allowing, longest, merge, with_probes
 from retrikt_ray.index.vectors import StudentVectors, Vectors
+from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.runtime.cluster import Workers, each, widest
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError, Scaled

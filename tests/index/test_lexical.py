@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray.index.build import count_words, edges
-from retrikt_ray.index.lexical import Lexical, Postings
+from retrikt_ray.index.words.lexical import Lexical
+from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import Source
 
@@ -97,7 +98,7 @@ def test_edits_score_as_an_index_made_anew() -> None:
     rng = np.random.default_rng(1)
     texts, more, queries = sentences(rng, 60), sentences(rng, 9), sentences(rng, 10)
     alive = rng.random(69) < 0.7
-    edited = cut(texts, 3).edited(more, alive)
+    edited = cut(texts, 3).edited(more, np.flatnonzero(~alive))
     anew = cut([t for t, a in zip(texts + more, alive, strict=True) if a], 2)
     ids, scores = edited.search(queries, 100)
     want, want_scores = anew.search(queries, 100)

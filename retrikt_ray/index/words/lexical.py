@@ -1,0 +1,278 @@
+"""The lexical side: BM25 over the same rows, in shards that answer as one index.
+
+A score needs three figures of the whole store: rows, rows that hold the word, and the mean length. They are sums over shards, so N shards
+score as one. BM25 as in Lucene (Kamphuis et al., ECIR 2020, "Which BM25 do you mean?", table 1): a word of the query adds
+ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + k1 (1 - b + b length / mean length)). Checked against the library bm25s in the tests.
+
+A search is exact, and reads few postings. The k-th best of the rows in some short lists is a score that is certain. Then the lists are added up that
+make the bound of what is left fall most for a posting, until little is left but of common words. A row may be among the k best if it was seen so
+and its sum with the bounds of what is left reaches that score, or if the common words that it holds do alone; bitmaps tell which it holds.
+The few rows that remain are scored by their own words (as in MaxScore, Turtle & Flood 1995, over postings ordered by impact, Anh & Moffat 2006).
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+from retrikt_ray.index.search import merge
+from retrikt_ray.index.words.postings import Postings, added, counted
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.task.texts import Text
+
+FIRST = 4096  # postings that are read before there is a k-th best score to prune by
+RARE = 0.25  # of that score: what is left unread of words without bitmaps may add no more
+CERTAIN = 64  # rows at least that this score is taken from
+
+SCRATCH = threading.local()
+
+
+def summed(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """For each of some rows below `count`, the sum of the values (float32) of all places that name it."""
+    sums = getattr(SCRATCH, "sums", np.zeros(0, np.float32))  # all 0 but while this runs: it costs what the rows do, not what `count` does
+    if len(sums) < count:
+        sums = SCRATCH.sums = np.zeros(count, np.float32)
+    try:
+        np.add.at(sums, rows, values)
+        return np.asarray(sums[rows])
+    finally:
+        sums[rows] = 0
+
+
+@dataclass
+class Lexical:
+    """Postings of all rows, opened for search."""
+
+    shards: list[Postings]
+    gone: np.ndarray | None = None  # sorted positions of deleted rows: they neither are found nor count in the figures of the whole store
+
+    def __post_init__(self) -> None:
+        self.rows = sum(len(s.lengths) for s in self.shards)
+        self.lows = np.array([s.low for s in self.shards], np.int64)
+        gone = [] if self.gone is None else [(self.shards[i], rows) for i, rows in self.by_shard(self.gone)]
+        self.live = self.rows - sum(len(rows) for _, rows in gone)
+        words = sum(s.total for s in self.shards) - sum(float(s.lengths[rows].sum(dtype=np.float64)) for s, rows in gone)
+        self.mean = max(1.0, words / max(1, self.live))
+        self.lost = np.sort(np.concatenate([np.zeros(0, np.int32), *(s.words[s.held[s.words_of(rows)[0]]] for s, rows in gone)]))
+
+    @cached_property
+    def alive(self) -> np.ndarray | None:
+        """(rows,) bool, or None: all are."""
+        if self.gone is None or not len(self.gone):
+            return None
+        mask = np.ones(self.rows, bool)
+        mask[self.gone] = False
+        return mask
+
+    def by_shard(self, positions: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Shards, by number, and rows in them, of sorted positions."""
+        cuts = np.append(np.searchsorted(positions, self.lows), len(positions)).tolist()
+        return [(i, positions[a:b] - self.shards[i].low) for i, (a, b) in enumerate(pairwise(cuts)) if a < b]
+
+    @staticmethod
+    def unsealed(folder: Folder) -> Lexical:
+        """Open postings that this process has just verified, or its own job has just written."""
+        local = folder.local()
+        try:
+            return Lexical([Postings.read(str(local / n)) for n in folder.read_json("index.json")["words"]])
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise ArtifactError(f"{folder} has postings that are not of this version ({error})") from None
+
+    def edited(self, texts: list[Text], gone: np.ndarray) -> Lexical:
+        """The same with more rows at the end, and without those at some positions. Costs what these rows do."""
+        more = Postings.of([texts], self.rows)
+        return Lexical([*self.shards, more], np.unique(gone))
+
+    def search(self, texts: list[Text], k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (Q, k) and BM25 scores (Q, k), best first, ties by position; -1 and -inf where no further row shares a word.
+
+        allowed: (rows,) bool, the rows that may be found; None: all that are not deleted.
+        """
+        queries = counted(texts)
+        answers = []
+        for low, high in pairwise(queries.indptr):
+            found, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+            if low < high and self.shards:
+                found, scores = Asked(self, queries.indices[low:high], queries.data[low:high]).best(k, allowed)
+            answers.append(merge([found[None]], [scores[None]], k))
+        return np.concatenate([a[0] for a in answers]), np.concatenate([a[1] for a in answers])
+
+
+class Asked:
+    """A query of T words, and where their postings are in the S shards of an index: at most D lists a word."""
+
+    def __init__(self, index: Lexical, words: np.ndarray, times: np.ndarray) -> None:
+        """words: (T,) sorted hashes; times: (T,) in the query."""
+        self.index = index
+        found = [s.find(words) for s in index.shards]
+        self.places = [at for at, _ in found]
+        begin, end = (np.stack([s.lists[at + more * there] for s, (at, there) in zip(index.shards, found, strict=True)]) for more in (0, 1))
+        self.depth = max(1, int((end - begin).max(initial=0)))
+        lists = np.minimum(begin[..., None] + np.arange(self.depth + 1), end[..., None])  # (S, T, D + 1)
+        self.ends = np.stack([s.starts[w] for s, w in zip(index.shards, lists, strict=True)])  # where the first d lists end
+        held = self.ends[..., -1] - self.ends[..., 0]
+        lost = np.searchsorted(index.lost, words, "right") - np.searchsorted(index.lost, words)
+        n = held.sum(0) - lost
+        self.weights = (times * np.log(1 + (index.live - n + 0.5) / (n + 0.5))).astype(np.float32)
+        self.there = held > 0  # (S, T)
+        self.slack = (len(words) + 8) * 2.0**-23  # of a score: how far apart two sums of it in float32 may be
+        bounds = np.zeros((*end.shape, self.depth))  # the most that a list adds to a score
+        for bound, shard, which, there in zip(bounds, index.shards, lists[..., :-1], lists[..., :-1] < end[..., None], strict=True):
+            bound[there] = added(self.weights[np.nonzero(there)[0]], shard.most[which[there]], shard.least[which[there]], index.mean)
+        self.bounds = np.zeros((len(words), self.depth + 1))  # all lists from the d-th on, of any shard
+        self.bounds[:, :-1] = np.maximum.accumulate(bounds.max(0)[:, ::-1], 1)[:, ::-1]
+        most = np.zeros((*end.shape, self.depth + 1), np.float32)
+        for count, shard, which, there in zip(most[..., :-1], index.shards, lists[..., :-1], lists[..., :-1] < end[..., None], strict=True):
+            count[there] = shard.most[which[there]]
+        self.most = np.maximum.accumulate(most.max(0)[:, ::-1], 1)[:, ::-1]  # (T, D + 1) largest count in all lists from the d-th on
+        self.rare = ~np.any([np.isin(at, s.common) for s, at in zip(index.shards, self.places, strict=True)], axis=0)
+        self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]
+        self.steps = self.plan()
+
+    def plan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What to read, step by step: lists of each word (M, T), the most that those left unread add to a score (M, T), postings read (M,).
+
+        A step is the next lists of one word, those for which the bound falls most for a posting.
+        """
+        steps = []
+        sizes = (self.ends - self.ends[..., :1]).sum(0).tolist()
+        for word, (size, bound) in enumerate(zip(sizes, self.bounds.tolist(), strict=True)):
+            at = 0
+            while bound[at] > 0:
+                price, to = max(
+                    (((bound[at] - bound[j]) / (size[j] - size[at])), j) for j in range(at + 1, len(bound)) if size[j] > size[at]
+                )
+                steps.append((-price, word, to, size[to] - size[at]))
+                at = to
+        steps.sort()
+        lists = np.zeros((len(steps) + 1, len(sizes)), np.int64)
+        for i, (_, word, to, _) in enumerate(steps):
+            lists[i + 1] = lists[i]
+            lists[i + 1, word] = to
+        return lists, self.bounds[np.arange(len(sizes)), lists], np.append(0, np.cumsum([count for *_, count in steps]))
+
+    def best(self, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and scores of the k best rows and all that tie with the k-th, and of some others.
+
+        1. A score that k rows of the largest shard are certain to reach.  2. All rows that may reach it, or what is certain by then.  3. Their scores.
+        """
+        _, left, read = self.steps
+        shards = np.argsort([-len(s.lengths) for s in self.index.shards], kind="stable").tolist()
+        # 1. certain
+        least, budget, last = 0.0, FIRST * len(shards), len(read) - 1
+        step = -1
+        while not least and step < last:
+            step, budget = min(last, int(np.searchsorted(read, budget))), budget * 8
+            least = self.reached(k, self.candidates(shards[0], step, 0.0, 0, allowed))
+        # 2. possible
+        if least and left[step].sum() >= least:
+            step = max(step, int((left[:, self.rare].sum(1) >= RARE * least).sum()))
+            least = max(least, self.reached(k, self.candidates(shards[0], step, least, FIRST, allowed)))
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for s in shards:
+            found.append(self.candidates(s, step, least, self.index.rows, allowed))
+            if s in (shards[0], shards[-1]):
+                least = max(least, self.reached(k, *found))
+        # 3. scored
+        positions = np.sort(np.concatenate([row[upper >= least] for row, upper in found]))
+        return positions, self.scores(positions)
+
+    def reached(self, k: int, *found: tuple[np.ndarray, np.ndarray]) -> float:
+        """What the k best of some rows score at least, as far as a few of them tell; 0 where there are fewer. found: as of `candidates`."""
+        positions, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        few = CERTAIN + 2 * k
+        if len(upper) > few:
+            positions = positions[np.argpartition(-upper, few)[:few]]
+        scores = self.scores(np.sort(positions))
+        return 0.0 if len(scores) < k else (1 - self.slack) * float(np.partition(scores, len(scores) - k)[len(scores) - k])
+
+    def candidates(self, s: int, step: int, least: float, most: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted positions of the rows of a shard that may score `least`, and the most that each may: those in the lists of a step, and of
+        those that hold unread words only, `most` a word. least 0: the rows in the lists alone."""
+        shard, lists, left = self.index.shards[s], self.steps[0][step], self.steps[1][step]
+        common = np.flatnonzero(~self.rare & (left > 0))
+        common = common[np.argsort(-left[common])] if least else common[:0]
+        found, rest = [self.seen(s, lists, common, least)], left.sum()
+        for i, word in enumerate(common.tolist()):
+            if rest < least:
+                break
+            rest -= left[word]
+            begin, end = self.ends[
+                s, word, [lists[word], max(lists[word], min(self.depth, np.count_nonzero(self.bounds[word] + rest >= least)))]
+            ]
+            found.append(self.unseen(s, shard.rows[begin : min(end, begin + most)], lists, common[i:], least))
+        row, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        for mask in (self.index.alive, allowed):
+            if mask is not None:
+                kept = np.flatnonzero(mask[shard.low : shard.low + len(shard.lengths)][row])
+                row, upper = row[kept], upper[kept]
+        order = np.argsort(row)
+        row = row[order]
+        first = np.append(True, row[1:] > row[:-1])[: len(row)].nonzero()[0]
+        return row[first] + np.int64(shard.low), np.maximum.reduceat(upper[order], first) if len(first) else upper
+
+    def seen(self, s: int, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in so many lists (T,) of a shard that may score `least`, some of them more than once, and the most that each may."""
+        shard = self.index.shards[s]
+        begin, end = self.ends[s, :, 0], self.ends[s, np.arange(len(lists)), lists]
+        parts = [slice(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+        rows = np.concatenate([shard.rows[p] for p in parts]).astype(np.intp)
+        counts = np.concatenate([shard.counts[p] for p in parts]).astype(np.float32)
+        norms = shard.norms(rows, self.index.mean)
+        upper = summed(rows, np.repeat(self.weights, end - begin) * counts / (counts + norms), len(shard.lengths))
+        for word in self.most[np.arange(len(lists)), lists].nonzero()[0].tolist():
+            upper += self.limit(word, lists, norms)
+        return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common, least)
+
+    def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of some rows with the first of some common words, those that may score `least` with these and what is left of rare words."""
+        left, rare = self.bounds[np.arange(len(lists)), lists], self.rare.nonzero()[0]
+        upper = np.full(len(rows), (left[common].sum() + left[rare].sum()) * (1 + self.slack), np.float32)
+        rows, _ = self.narrowed(s, rows, upper, None, lists, common[1:], least)
+        norms = self.index.shards[s].norms(rows, self.index.mean)
+        upper = np.zeros(len(rows), np.float32)
+        for word in [*common.tolist(), *rare.tolist()]:
+            upper += self.limit(word, lists, norms)
+        return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common[1:], least)
+
+    def limit(self, word: int, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """The most that what is left of a word adds to rows of some norms."""
+        most = self.most[word, lists[word]]
+        return np.asarray(self.weights[word] * most / (most + norms))
+
+    def narrowed(
+        self, s: int, rows: np.ndarray, upper: np.ndarray, norms: np.ndarray | None, lists: np.ndarray, common: np.ndarray, least: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows that may score `least` if what is left of common words counts only where a row holds them; and the most that they may."""
+        for word in (-1, *common.tolist()):
+            if word >= 0:
+                line = self.lines[s][word]
+                if line is None:
+                    continue
+                bound = np.float32(self.bounds[word, lists[word]]) if norms is None else self.limit(word, lists, norms)
+                upper = upper - bound * (line[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 ^ 1)
+            some = (upper >= least).nonzero()[0]
+            if len(some) < len(rows):
+                rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]
+        return rows, upper
+
+    def scores(self, positions: np.ndarray) -> np.ndarray:
+        """Of sorted positions, (n,) float32: each summed in the order of the hashes."""
+        out = []
+        for i, rows in self.index.by_shard(positions):
+            shard, there = self.index.shards[i], self.there[i]
+            weights = np.zeros(len(shard.words), np.float32)
+            weights[self.places[i][there]] = self.weights[there]
+            at, row = shard.words_of(rows)
+            weight = weights[shard.held[at]]
+            asked = np.flatnonzero(weight)
+            row, at = row[asked], at[asked]
+            sums = np.zeros(len(rows), np.float32)
+            np.add.at(sums, row, added(weight[asked], shard.times[at], shard.lengths[rows[row]], self.index.mean))
+            out.append(sums)
+        return np.concatenate(out) if out else np.zeros(0, np.float32)
