@@ -20,13 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 
+from retrikt_ray.index.build import WORDS_ROWS
 from retrikt_ray.index.search import merge
 from retrikt_ray.index.words.lexical import Lexical
 from retrikt_ray.index.words.postings import Postings, added, counted
 from retrikt_ray.task.texts import Text
 
 ROWS = int(os.environ.get("RETRIKT_BENCH_ROWS", 2_000_000))
-PART, SHARD, VOCABULARY, ASKED, QUESTIONS, EDITS = 100_000, 500_000, 50_000, 10, 40, 9
+PART, VOCABULARY, ASKED, QUESTIONS, EDITS = 100_000, 50_000, 10, 40, 9
 BAR = 10  # times as fast as the plain scorer
 
 
@@ -95,7 +96,7 @@ def made(power: float) -> tuple[Lexical, list[Plain]]:
         key, counts = np.unique(key, return_counts=True)
         parts.append(((key % 2**31).astype(np.int32), counts.astype(np.uint8), np.bincount(key // 2**31, minlength=len(lengths))))
     plain = [Plain.of(*part, low=i * PART) for i, part in enumerate(parts)]
-    each = SHARD // PART
+    each = WORDS_ROWS // PART
     shards = [
         Postings.sorted(*map(np.concatenate, zip(*parts[i : i + each], strict=True)), low=i * PART) for i in range(0, len(parts), each)
     ]

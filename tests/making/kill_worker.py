@@ -15,11 +15,11 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from retrikt_ray.index.lexical import counted
 from tiny_run import WORDS  # beside this file: it runs as a script
 
 from retrikt_ray.index.learning import of_texts
 from retrikt_ray.index.vectors import StudentVectors
+from retrikt_ray.index.words.postings import counted
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import Folder

@@ -248,14 +248,19 @@ class Asked:
     def narrowed(
         self, s: int, rows: np.ndarray, upper: np.ndarray, norms: np.ndarray | None, lists: np.ndarray, common: np.ndarray, least: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that may score `least` if what is left of common words counts only where a row holds them; and the most that they may."""
-        for word in (-1, *common.tolist()):
-            if word >= 0:
-                line = self.lines[s][word]
-                if line is None:
-                    continue
-                bound = np.float32(self.bounds[word, lists[word]]) if norms is None else self.limit(word, lists, norms)
-                upper = upper - bound * (line[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 ^ 1)
+        """Rows that may score `least` if what is left of common words counts only where a row holds them, and as often; and the most that they may.
+
+        norms: of the rows; None: what a word adds is bounded by that of the best row of all.
+        """
+        for word in (None, *(word for word in common.tolist() if self.lines[s][word] is not None)):
+            if word is not None:
+                held, twice = (line[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 for line in self.lines[s][word] or ())
+                if norms is None:
+                    upper = upper - np.float32(self.bounds[word, lists[word]]) * (held ^ 1)
+                else:
+                    bound = self.limit(word, lists, norms)
+                    once = np.minimum(self.weights[word] / (1 + norms), bound)
+                    upper = upper - bound + held * np.where(twice, bound, once)
             some = (upper >= least).nonzero()[0]
             if len(some) < len(rows):
                 rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]

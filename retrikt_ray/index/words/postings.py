@@ -37,6 +37,7 @@ ARRAYS = (
     "times",
     "common",
     "bits",
+    "twice",
 )  # on the disk
 BUCKETS = 2**30  # of the words' hashes: two of a million words share one with a chance of 1 in 1000 each
 LIST = 64  # postings in a word's first list, and in its second; each further one is as long as all before it
@@ -90,6 +91,7 @@ class Postings:
     times: np.ndarray  # (P,) how often
     common: np.ndarray  # (H,) int32, sorted places of the words that many rows hold
     bits: np.ndarray  # (H B,) uint8: B bytes for each of them, a bit for each row
+    twice: np.ndarray  # (H B,) uint8: the same of the rows that hold the word more than once
 
     @staticmethod
     def of(batches: Iterable[list[Text]], low: int) -> Postings:
@@ -111,7 +113,7 @@ class Postings:
         names, held = np.unique(words, return_inverse=True)
         held = held.astype(np.int32)
         mean = max(1.0, float(lengths.sum(dtype=np.float64)) / max(1, len(lengths)))
-        order = np.lexsort((row, -added(np.float32(1), counts, lengths[row], mean), held))
+        order = np.lexsort((-added(np.float32(1), counts, lengths[row], mean), held))  # stable: equal ones stay in the order of their rows
         word = held[order]
         place = np.arange(len(word)) - np.searchsorted(word, np.arange(len(names)))[word]  # among the word's own
         level = np.ceil(np.log2(np.maximum(place + 1, LIST) / LIST)).astype(np.int8)
@@ -121,12 +123,15 @@ class Postings:
         most, least = (f.reduceat(a, begins) if len(begins) else a[:0] for f, a in ((np.maximum, counts_of), (np.minimum, lengths[rows])))
         firsts, starts = np.append(0, np.cumsum(distinct)), np.append(begins, len(word))
         common = np.flatnonzero(np.diff(starts[lists]) > max(COMMON_ROWS, COMMON * len(lengths))).astype(np.int32)
-        bits = np.zeros((len(common), -(-len(lengths) // 8)), np.uint8)
-        for line, c in zip(bits, common.tolist(), strict=True):
-            mask = np.zeros(len(lengths), bool)
-            mask[rows[starts[lists[c]] : starts[lists[c + 1]]]] = True
-            line[:] = np.packbits(mask, bitorder="little")
-        return Postings(low, names, lists, starts, most, least, rows, counts_of, lengths, firsts, held, counts, common, bits.ravel())
+        bits, twice = np.zeros((2, len(common), -(-len(lengths) // 8)), np.uint8)
+        for line, double, c in zip(bits, twice, common.tolist(), strict=True):
+            part = slice(int(starts[lists[c]]), int(starts[lists[c + 1]]))
+            times = np.zeros(len(lengths), np.int64)
+            times[rows[part]] = counts_of[part]
+            line[:], double[:] = (np.packbits(times > more, bitorder="little") for more in (0, 1))
+        return Postings(
+            low, names, lists, starts, most, least, rows, counts_of, lengths, firsts, held, counts, common, bits.ravel(), twice.ravel()
+        )
 
     def write(self, folder: Folder, name: str) -> None:
         write_arrays(folder, name, {k: getattr(self, k) for k in ARRAYS}, low=self.low)
@@ -142,12 +147,11 @@ class Postings:
         """Words of all rows."""
         return float(self.lengths.sum(dtype=np.float64))
 
-    def lines(self, places: np.ndarray) -> list[np.ndarray | None]:
-        """Bitmaps of the rows that hold words, by their places; None for words that have none."""
-        lines, at = self.bits.reshape(len(self.common), -(-len(self.lengths) // 8)), np.searchsorted(self.common, places)
-        return [
-            lines[i] if i < len(lines) and self.common[i] == place else None for i, place in zip(at.tolist(), places.tolist(), strict=True)
-        ]
+    def lines(self, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Bitmaps of the rows that hold words, and that hold them more than once, by the words' places; None for words that have none."""
+        bits, twice = (b.reshape(len(self.common), -(-len(self.lengths) // 8)) for b in (self.bits, self.twice))
+        at = np.searchsorted(self.common, places).tolist()
+        return [(bits[i], twice[i]) if i < len(bits) and self.common[i] == place else None for i, place in zip(at, places, strict=True)]
 
     def norms(self, rows: np.ndarray, mean: float) -> np.ndarray:
         """What BM25 adds to a count in the denominator, (n,) float32."""
