@@ -118,6 +118,7 @@ def test_what_is_left_unread_changes_nothing(seed: int, monkeypatch: pytest.Monk
     """With lists and budgets so short that a few hundred rows are pruned as millions are: common words as bitmaps, several steps, deletions, edits."""
     for module, name, value in ((postings, "LIST", 2), (postings, "COMMON_ROWS", 3), (lexical, "FIRST", 4), (lexical, "CERTAIN", 1)):
         monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(lexical, "RARE", 0.99 if seed % 2 else 0.1)
     rng = np.random.default_rng(seed)
     texts, more, queries = sentences(rng, 150), sentences(rng, 10), [" ".join(t for t, _ in sentences(rng, 2)) for _ in range(6)]
     gone = np.sort(rng.choice(160, 15, replace=False))

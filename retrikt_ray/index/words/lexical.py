@@ -130,9 +130,10 @@ class Asked:
         for count, shard, which, there in zip(most[..., :-1], index.shards, lists[..., :-1], lists[..., :-1] < end[..., None], strict=True):
             count[there] = shard.most[which[there]]
         self.most = np.maximum.accumulate(most.max(0)[:, ::-1], 1)[:, ::-1]  # (T, D + 1) largest count in all lists from the d-th on
-        self.rare = ~np.any([np.isin(at, s.common) for s, at in zip(index.shards, self.places, strict=True)], axis=0)
-        self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]
+        self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]  # (S, T) of common words, -1 for others
+        self.rare = (np.stack(self.lines) < 0).all(0)
         self.steps = self.plan()
+        self.cut = False  # whether `candidates` has left out rows beyond so many a word
 
     def plan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What to read, step by step: lists of each word (M, T), the most that those left unread add to a score (M, T), postings read (M,).
@@ -170,11 +171,13 @@ class Asked:
             step, budget = min(last, int(np.searchsorted(read, budget))), budget * 8
             least = self.reached(k, self.candidates(shards[0], step, 0.0, 0, allowed))
         # 2. possible
+        found: list[tuple[np.ndarray, np.ndarray]] = []
         if least and left[step].sum() >= least:
             step = max(step, int((left[:, self.rare].sum(1) >= RARE * least).sum()))
-            least = max(least, self.reached(k, self.candidates(shards[0], step, least, FIRST, allowed)))
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        for s in shards:
+            first = self.candidates(shards[0], step, least, FIRST, allowed)
+            least = max(least, self.reached(k, first))
+            found = [] if self.cut else [first]
+        for s in shards[len(found) :]:
             found.append(self.candidates(s, step, least, self.index.rows, allowed))
             if s in (shards[0], shards[-1]):
                 least = max(least, self.reached(k, *found))
@@ -197,7 +200,7 @@ class Asked:
         shard, lists, left = self.index.shards[s], self.steps[0][step], self.steps[1][step]
         common = np.flatnonzero(~self.rare & (left > 0))
         common = common[np.argsort(-left[common])] if least else common[:0]
-        found, rest = [self.seen(s, lists, common, least)], left.sum()
+        found, rest, self.cut = [self.seen(s, lists, common, least)], left.sum(), False
         for i, word in enumerate(common.tolist()):
             if rest < least:
                 break
@@ -205,6 +208,7 @@ class Asked:
             begin, end = self.ends[
                 s, word, [lists[word], max(lists[word], min(self.depth, np.count_nonzero(self.bounds[word] + rest >= least)))]
             ]
+            self.cut |= bool(end - begin > most)
             found.append(self.unseen(s, shard.rows[begin : min(end, begin + most)], lists, common[i:], least))
         row, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
         for mask in (self.index.alive, allowed):
@@ -225,8 +229,7 @@ class Asked:
         counts = np.concatenate([shard.counts[p] for p in parts]).astype(np.float32)
         norms = shard.norms(rows, self.index.mean)
         upper = summed(rows, np.repeat(self.weights, end - begin) * counts / (counts + norms), len(shard.lengths))
-        for word in self.most[np.arange(len(lists)), lists].nonzero()[0].tolist():
-            upper += self.limit(word, lists, norms)
+        upper += self.limits(self.most[np.arange(len(lists)), lists].nonzero()[0], lists, norms).sum(0)
         return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common, least)
 
     def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -235,15 +238,13 @@ class Asked:
         upper = np.full(len(rows), (left[common].sum() + left[rare].sum()) * (1 + self.slack), np.float32)
         rows, _ = self.narrowed(s, rows, upper, None, lists, common[1:], least)
         norms = self.index.shards[s].norms(rows, self.index.mean)
-        upper = np.zeros(len(rows), np.float32)
-        for word in [*common.tolist(), *rare.tolist()]:
-            upper += self.limit(word, lists, norms)
+        upper = self.limits(np.append(common, rare), lists, norms).sum(0)
         return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common[1:], least)
 
-    def limit(self, word: int, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """The most that what is left of a word adds to rows of some norms."""
-        most = self.most[word, lists[word]]
-        return np.asarray(self.weights[word] * most / (most + norms))
+    def limits(self, words: np.ndarray, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """The most that what is left of words adds to rows of some norms, (words, rows)."""
+        most = self.most[words, lists[words], None]
+        return np.asarray(self.weights[words, None] * most / (most + norms))
 
     def narrowed(
         self, s: int, rows: np.ndarray, upper: np.ndarray, norms: np.ndarray | None, lists: np.ndarray, common: np.ndarray, least: float
@@ -252,19 +253,21 @@ class Asked:
 
         norms: of the rows; None: what a word adds is bounded by that of the best row of all.
         """
-        for word in (None, *(word for word in common.tolist() if self.lines[s][word] is not None)):
-            if word is not None:
-                held, twice = (line[rows >> 3] >> (rows & 7).astype(np.uint8) & 1 for line in self.lines[s][word] or ())
-                if norms is None:
-                    upper = upper - np.float32(self.bounds[word, lists[word]]) * (held ^ 1)
-                else:
-                    bound = self.limit(word, lists, norms)
-                    once = np.minimum(self.weights[word] / (1 + norms), bound)
-                    upper = upper - bound + held * np.where(twice, bound, once)
+        shard, common = self.index.shards[s], common[self.lines[s][common] >= 0]
+        while True:
             some = (upper >= least).nonzero()[0]
             if len(some) < len(rows):
                 rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]
-        return rows, upper
+            if not len(common) or not len(rows):
+                return rows, upper
+            words, common = np.split(common, [1 if len(rows) > FIRST else len(common)])  # many rows: one word after the other
+            held, twice = shard.holding(self.lines[s][words], rows)
+            if norms is None:
+                upper = upper - ((held ^ 1) * self.bounds[words, lists[words], None].astype(np.float32)).sum(0)
+            else:
+                bound = self.limits(words, lists, norms)
+                once = np.minimum(self.weights[words, None] / (1 + norms), bound)
+                upper = upper - (bound - held * np.where(twice, bound, once)).sum(0)
 
     def scores(self, positions: np.ndarray) -> np.ndarray:
         """Of sorted positions, (n,) float32: each summed in the order of the hashes."""

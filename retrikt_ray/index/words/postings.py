@@ -147,11 +147,17 @@ class Postings:
         """Words of all rows."""
         return float(self.lengths.sum(dtype=np.float64))
 
-    def lines(self, places: np.ndarray) -> list[tuple[np.ndarray, np.ndarray] | None]:
-        """Bitmaps of the rows that hold words, and that hold them more than once, by the words' places; None for words that have none."""
-        bits, twice = (b.reshape(len(self.common), -(-len(self.lengths) // 8)) for b in (self.bits, self.twice))
-        at = np.searchsorted(self.common, places).tolist()
-        return [(bits[i], twice[i]) if i < len(bits) and self.common[i] == place else None for i, place in zip(at, places, strict=True)]
+    def lines(self, places: np.ndarray) -> np.ndarray:
+        """Which bitmaps words have, by their places; -1: none."""
+        at = np.searchsorted(self.common, places)
+        found = np.append(self.common, -1)[at] == places
+        return np.where(found, at, -1)
+
+    def holding(self, lines: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows hold words that have these bitmaps, and which more than once: 1 or 0, (words, rows) uint8."""
+        byte, bit = rows >> 3, (rows & 7).astype(np.uint8)
+        held, twice = (b.reshape(len(self.common), -1)[lines[:, None], byte] >> bit & 1 for b in (self.bits, self.twice))
+        return held, twice
 
     def norms(self, rows: np.ndarray, mean: float) -> np.ndarray:
         """What BM25 adds to a count in the denominator, (n,) float32."""
