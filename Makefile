@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-reinforce bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -78,6 +78,9 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
 
+bench-arms: install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
+	$(BIN)/python -m jobs.bench jobs/bench_arms.yaml --out runs/bench-arms $(BENCH)
+
 bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN
 	$(BIN)/python -m jobs.bench_harvest $(RUN)
 
@@ -128,8 +131,8 @@ bench-lexical: install ## Words at 2M rows: a question beside a plain scorer of 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
 
-drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
-	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
+drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each; a Serve app on two nodes that loses one, three times
+	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py tests/serving/test_nodes.py
 
 bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
 	$(BIN)/python -m jobs.bench_serve $(RUN)

@@ -24,6 +24,7 @@ WAVES = 6  # shards that each worker writes in the small run: fewer say little a
 UNLABELLED = 400  # texts of the domain in the small run
 CANDIDATES, MEGABYTES = 2048, 8  # of a corpus there, the latter for each worker
 STEPS, STUDENT_STEPS = 16, 240  # of a training there, about; the student's are short
+PROMPT_STEPS = 128  # texts behind a prompt that has learnt little are longer or shorter than those of the run
 FILE = "estimate.json"
 
 
@@ -64,8 +65,8 @@ def estimate(config: RunConfig, out: str) -> dict[str, Any]:
 def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
     """The same run with few texts and passes: enough steps and shards for a rate."""
 
-    def passes(epochs: int, rows: int, batch: int) -> int:
-        return min(epochs, -(-STEPS * batch // max(1, rows)))
+    def passes(epochs: int, rows: int, batch: int, steps: int = STEPS) -> int:
+        return min(epochs, -(-steps * batch // max(1, rows)))
 
     t, g = config.teach, config.generate
     rows = min(g.rows, WAVES * workers * g.rows_per_shard)
@@ -73,7 +74,7 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
     changes: dict[str, dict[str, Any]] = {
         "prepare": {"unlabelled_rows": texts if config.prepare.unlabelled else None},
         "teach": {
-            "prompt_epochs": passes(t.prompt_epochs, train, t.prompt_batch),
+            "prompt_epochs": passes(t.prompt_epochs, train, t.prompt_batch, PROMPT_STEPS),
             "annotator_epochs": passes(t.annotator_epochs, train, t.annotator_batch),
         },
         "reinforce": {"steps": min(config.reinforce.steps, 4)},

@@ -20,10 +20,8 @@ KS, MOST = (8, 16, 32, 64), 64
 TAUS, LEXICAL_TAUS = (0.02, 0.05, 0.1), (0.5, 1.0, 2.0, 4.0)
 FLOOR = 0.02  # of a voice's probability mass that is spread over all classes: no neighbour has a label's probability at nought for certain
 NAMES = ("student", "dense", "lexical", "ngrams")
-DOUBT = {
-    "dense": 3.0,
-    "lexical": 3.0,
-}  # standard errors that a voice must gain, else 1: either search takes longer than all else in an answer
+# Standard errors of a gain, where it is not 1. Either search takes longer than all else in an answer; true rows alone are few.
+DOUBT = {"dense": 3.0, "lexical": 3.0, "truth": 2.0}
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,27 @@ def fit_mixture(
     """The mixture for rows that none of the voices has learnt from. targets: (Q, C) label distributions, or (Q, 1) values, of which the first
     `gold` are true, the others the teacher's; names: who may speak.
 
+    Where the student alone answers the true rows better than what the teacher's rows chose, the teacher is not to be believed: the true rows
+    choose alone, since it would be mixed into ever more of its own errors.
+    """
+    fitted = best_mixture(targets, student, dense, lexical, ngrams, names)
+    if 0 < gold < len(targets) and "student" in names:
+        answers = mix(student, voices_of(dense, lexical, ngrams, fitted), fitted)[:gold]
+        if pays("truth", losses(answers, targets[:gold]) - losses(mix(student, {}, ALONE)[:gold], targets[:gold])):
+            few = [Votes(votes.scores[:gold], votes.labels[:gold]) for votes in (dense, lexical)]
+            fitted = best_mixture(targets[:gold], student[:gold], few[0], few[1], (ngrams[0][:gold], ngrams[1][:gold]), names)
+    if targets.shape[1] == 1:
+        return fitted
+    return settled(fitted, targets[:gold], mix(student, voices_of(dense, lexical, ngrams, fitted), fitted)[:gold])
+
+
+def best_mixture(
+    targets: np.ndarray, student: np.ndarray, dense: Votes, lexical: Votes, ngrams: Voice, names: Sequence[str] = NAMES
+) -> Mixture:
+    """The mixture with the smallest loss over all rows.
+
     k and tau of each side are those whose vote alone has the smallest loss. Then the best voice is taken, and others are added, the one that
-    lowers the loss most first, as long as the gain pays. The frequencies of the true labels come last.
+    lowers the loss most first, as long as the gain pays.
     """
     dense_k, dense_tau = best_vote(targets, dense, TAUS)
     lexical_k, lexical_tau = best_vote(targets, lexical, LEXICAL_TAUS)
@@ -138,7 +155,7 @@ def fit_mixture(
             break
         name = min(left, key=lambda n: float(trials[n][1].mean()))
         chosen, (best, loss) = (*chosen, name), trials[name]
-    return best if targets.shape[1] == 1 else settled(best, targets[:gold], mix(student, voices, best)[:gold])
+    return best
 
 
 def settled(mixture: Mixture, truth: np.ndarray, answers: np.ndarray) -> Mixture:

@@ -52,7 +52,7 @@ class TransformersEngine:
 
     def __init__(self, order: Order) -> None:
         self.order, self.base = order, Base.load(order.base, order.dtype, order.chat)
-        pack(self.base.model)
+        pack(self.base.model, exact=order.dtype != "auto")
         with torch.no_grad():
             prefix = run_prefix(self.base, order.soft.to(self.base.device), order.templates)
             self.prefix = begin_like(self.base, prefix, order.starts, order.sampling.temperature)

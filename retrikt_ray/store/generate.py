@@ -27,7 +27,7 @@ from retrikt_ray.task.texts import split_pair
 if TYPE_CHECKING:
     from retrikt_ray.store.engines import Generated
 
-VERSION = 3
+VERSION = 4
 MOST_ERRORS = 0.01  # share of rows that may fail
 AT_ONCE = 4096  # texts that a GPU is handed at a time: it writes some hundreds side by side, and the last of them alone
 

@@ -18,6 +18,7 @@ from transformers.utils.hub import cached_file
 from retrikt_ray.runtime.folders import PACKAGED
 from retrikt_ray.runtime.settings import ConfigError
 
+LEAST_ROWS = 8  # of a product in bfloat16
 PACKED_ROWS = 64  # the batch that the layout of packed weights is chosen for; any other works, too
 
 
@@ -224,26 +225,43 @@ def pad_rows(rows: list[list[int]], value: int, device: torch.device) -> tuple[T
 class PackedLinear(nn.Module):
     """`nn.Linear` without gradients, on a CPU, its weights laid out once in the blocks that oneDNN multiplies by. (..., in) -> (..., out)
 
-    PyTorch lays them out anew at every call, which takes half the time of a product with a batch of a few dozen rows.
+    PyTorch lays them out anew at every call, which takes half the time of a product with a batch of a few dozen rows. products: how oneDNN may
+    multiply float32, "ieee" or "bf16" (rounded to bfloat16, summed in float32, which AMX does twice as fast).
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, products: str = "ieee") -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
-        self.bias = linear.bias
+        self.bias, self.products = linear.bias, products
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.products == "ieee":
+            return self.multiply(x)
+        missing = max(0, LEAST_ROWS - len(x))  # for one to three rows oneDNN has other kernels, which sum otherwise
+        padded = nn.functional.pad(x, [0, 0] * (x.ndim - 1) + [0, missing]) if missing else x
+        settings: Any = torch.backends.mkldnn
+        usual, settings.matmul.fp32_precision = settings.matmul.fp32_precision, self.products
+        try:
+            return self.multiply(padded)[: len(x)]
+        finally:
+            settings.matmul.fp32_precision = usual
+
+    def multiply(self, x: Tensor) -> Tensor:
         packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return packed
 
 
-def pack(model: nn.Module) -> None:
-    """Replace the model's linear layers in place, where this CPU and build of PyTorch can; elsewhere do nothing. It can only be run then, not trained."""
+def pack(model: nn.Module, exact: bool = True) -> None:
+    """Replace the model's linear layers in place, where this CPU and build of PyTorch can; elsewhere do nothing. It can only be run then, not trained.
+
+    exact: false lets a CPU with AMX multiply float32 as bfloat16. The bits of a row are the same in any batch either way.
+    """
     weight = next(model.parameters())
     known = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or not known:
         return
+    products = "bf16" if not exact and torch.cpu.get_capabilities().get("amx_bf16") else "ieee"
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child))
+                setattr(module, name, PackedLinear(child, products))

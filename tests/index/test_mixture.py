@@ -334,6 +334,24 @@ def test_a_voice_that_is_right_speaks_alone(right: str) -> None:
     assert {name for name in NAMES if getattr(fitted, name)} == {right}
 
 
+def test_true_rows_choose_alone_where_they_contradict_the_teacher() -> None:
+    """The n-grams say what a teacher says who knows nothing; its 600 rows want them, 100 true ones do not."""
+    rng = np.random.default_rng(5)
+    truth = np.arange(700) % 2
+    teacher = np.concatenate([truth[:100], rng.permutation(truth[100:])])
+    student = simulated(rng, 700, 2, 2.0)
+    ngrams = 0.9 * np.eye(2)[np.concatenate([rng.permutation(truth[:100]), teacher[100:]])] + 0.05
+    heard = student, nothing(700), nothing(700), (ngrams, np.ones((700, 1)))
+    assert fit_mixture(np.eye(2)[teacher], *heard).ngrams > 0.5
+    fitted = fit_mixture(np.eye(2)[teacher], *heard, gold=100)
+    assert fitted.student > 0 and fitted.ngrams == 0
+    assert fit_mixture(np.eye(2)[teacher], *heard, gold=700).ngrams > 0.5  # nobody else to believe
+    right = np.concatenate([ngrams[100:200], ngrams[100:]])  # of rows that are true, too: then all choose
+    same = np.eye(2)[np.concatenate([teacher[100:200], teacher[100:]])]
+    heard = student, nothing(700), nothing(700), (right, np.ones((700, 1)))
+    assert fit_mixture(same, *heard, gold=100).ngrams == fit_mixture(same, *heard).ngrams
+
+
 def votes_like(answers: np.ndarray) -> Votes:
     """Neighbours that all say the same."""
     return Votes(np.full((len(answers), 8), 0.5), np.repeat(answers[:, None], 8, 1))

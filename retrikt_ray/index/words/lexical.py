@@ -229,7 +229,7 @@ class Asked:
         counts = np.concatenate([shard.counts[p] for p in parts]).astype(np.float32)
         norms = shard.norms(rows, self.index.mean)
         upper = summed(rows, np.repeat(self.weights, end - begin) * counts / (counts + norms), len(shard.lengths))
-        upper += self.limits(self.most[np.arange(len(lists)), lists].nonzero()[0], lists, norms).sum(0)
+        upper += self.limits(np.flatnonzero(self.most[np.arange(len(lists)), lists]), lists, norms).sum(0)
         return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common, least)
 
     def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
