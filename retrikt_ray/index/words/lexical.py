@@ -234,7 +234,7 @@ class Asked:
 
     def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
         """Of some rows with the first of some common words, those that may score `least` with these and what is left of rare words."""
-        left, rare = self.bounds[np.arange(len(lists)), lists], self.rare.nonzero()[0]
+        left, rare = self.bounds[np.arange(len(lists)), lists], np.flatnonzero(self.rare)
         upper = np.full(len(rows), (left[common].sum() + left[rare].sum()) * (1 + self.slack), np.float32)
         rows, _ = self.narrowed(s, rows, upper, None, lists, common[1:], least)
         norms = self.index.shards[s].norms(rows, self.index.mean)
