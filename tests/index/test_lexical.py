@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from pathlib import Path
 
 import bm25s
@@ -158,6 +159,15 @@ def test_edits_score_as_an_index_made_anew() -> None:
     want, want_scores = anew.search(queries, 100)
     np.testing.assert_array_equal(np.where(want >= 0, np.flatnonzero(alive)[want], -1), ids)
     np.testing.assert_array_equal(scores, want_scores)
+
+
+def test_a_question_of_thousands_of_words() -> None:
+    words = cut([(f"w{i} w{i + 1} the", None) for i in range(0, 6000, 2)], 2)
+    tracemalloc.start()
+    found, _ = words.search([(" ".join(f"w{i}" for i in range(5000)), None)], 3)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert found[0].tolist() == [0, 1, 2]  # all that it names score alike
 
 
 def test_pairs_and_case() -> None:

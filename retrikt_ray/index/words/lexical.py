@@ -27,6 +27,7 @@ from retrikt_ray.task.texts import Text
 
 FIRST = 4096  # postings that are read before there is a k-th best score to prune by
 RARE = 0.25  # of that score: what is left unread of words without bitmaps may add no more
+AT_ONCE = 16  # words whose bounds are taken in one array: it holds so many numbers a row
 CERTAIN = 64  # rows at least that this score is taken from
 
 SCRATCH = threading.local()
@@ -131,12 +132,12 @@ class Asked:
             count[there] = shard.most[which[there]]
         self.most = np.maximum.accumulate(most.max(0)[:, ::-1], 1)[:, ::-1]  # (T, D + 1) largest count in all lists from the d-th on
         self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]  # (S, T) of common words, -1 for others
-        self.rare = (np.stack(self.lines) < 0).all(0)
+        self.rare: np.ndarray = np.all(np.stack(self.lines) < 0, axis=0)
         self.steps = self.plan()
         self.cut = False  # whether `candidates` has left out rows beyond so many a word
 
-    def plan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What to read, step by step: lists of each word (M, T), the most that those left unread add to a score (M, T), postings read (M,).
+    def plan(self) -> list[tuple[float, int, int, float, int]]:
+        """What to read, step by step: (- what the bound falls for a posting, word, its lists that are read then, the fall, postings).
 
         A step is the next lists of one word, those for which the bound falls most for a posting.
         """
@@ -145,24 +146,29 @@ class Asked:
         for word, (size, bound) in enumerate(zip(sizes, self.bounds.tolist(), strict=True)):
             at = 0
             while bound[at] > 0:
-                price, to = max(
-                    (((bound[at] - bound[j]) / (size[j] - size[at])), j) for j in range(at + 1, len(bound)) if size[j] > size[at]
-                )
-                steps.append((-price, word, to, size[to] - size[at]))
+                ahead = [j for j in range(at + 1, len(bound)) if size[j] > size[at]]
+                price, to = max(((bound[at] - bound[j]) / (size[j] - size[at]), j) for j in ahead)
+                steps.append((-price, word, to, bound[at] - bound[to], size[to] - size[at]))
                 at = to
-        steps.sort()
-        lists = np.zeros((len(steps) + 1, len(sizes)), np.int64)
-        for i, (_, word, to, _) in enumerate(steps):
-            lists[i + 1] = lists[i]
-            lists[i + 1, word] = to
-        return lists, self.bounds[np.arange(len(sizes)), lists], np.append(0, np.cumsum([count for *_, count in steps]))
+        return sorted(steps)
+
+    def lists(self, step: int) -> np.ndarray:
+        """How many lists of each word (T,) are read after so many steps."""
+        found = np.zeros(len(self.weights), np.int64)
+        for _, word, to, _, _ in self.steps[:step]:
+            found[word] = to
+        return found
 
     def best(self, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Positions and scores of the k best rows and all that tie with the k-th, and of some others.
 
         1. A score that k rows of the largest shard are certain to reach.  2. All rows that may reach it, or what is certain by then.  3. Their scores.
         """
-        _, left, read = self.steps
+        words, falls = np.array([s[1] for s in self.steps], np.intp), np.array([s[3] for s in self.steps])
+        read = np.append(0, np.cumsum([s[4] for s in self.steps]))
+        rest, rare = (
+            np.append(np.cumsum(f[::-1])[::-1], 0) for f in (falls, falls * self.rare[words])
+        )  # what is left adds at most, after each step
         shards = np.argsort([-len(s.lengths) for s in self.index.shards], kind="stable").tolist()
         # 1. certain
         least, budget, last = 0.0, FIRST * len(shards), len(read) - 1
@@ -172,8 +178,8 @@ class Asked:
             least = self.reached(k, self.candidates(shards[0], step, 0.0, 0, allowed))
         # 2. possible
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        if least and left[step].sum() >= least:
-            step = max(step, int((left[:, self.rare].sum(1) >= RARE * least).sum()))
+        if least and rest[step] >= least:
+            step = max(step, int((rare >= RARE * least).sum()))
             first = self.candidates(shards[0], step, least, FIRST, allowed)
             least = max(least, self.reached(k, first))
             found = [] if self.cut else [first]
@@ -197,7 +203,8 @@ class Asked:
     def candidates(self, s: int, step: int, least: float, most: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """Sorted positions of the rows of a shard that may score `least`, and the most that each may: those in the lists of a step, and of
         those that hold unread words only, `most` a word. least 0: the rows in the lists alone."""
-        shard, lists, left = self.index.shards[s], self.steps[0][step], self.steps[1][step]
+        shard, lists = self.index.shards[s], self.lists(step)
+        left = self.bounds[np.arange(len(lists)), lists]
         common = np.flatnonzero(~self.rare & (left > 0))
         common = common[np.argsort(-left[common])] if least else common[:0]
         found, rest, self.cut = [self.seen(s, lists, common, least)], left.sum(), False
@@ -229,7 +236,7 @@ class Asked:
         counts = np.concatenate([shard.counts[p] for p in parts]).astype(np.float32)
         norms = shard.norms(rows, self.index.mean)
         upper = summed(rows, np.repeat(self.weights, end - begin) * counts / (counts + norms), len(shard.lengths))
-        upper += self.limits(np.flatnonzero(self.most[np.arange(len(lists)), lists]), lists, norms).sum(0)
+        upper += self.limit(np.flatnonzero(self.most[np.arange(len(lists)), lists]), lists, norms)
         return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common, least)
 
     def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
@@ -238,13 +245,18 @@ class Asked:
         upper = np.full(len(rows), (left[common].sum() + left[rare].sum()) * (1 + self.slack), np.float32)
         rows, _ = self.narrowed(s, rows, upper, None, lists, common[1:], least)
         norms = self.index.shards[s].norms(rows, self.index.mean)
-        upper = self.limits(np.append(common, rare), lists, norms).sum(0)
+        upper = self.limit(np.append(common, rare), lists, norms)
         return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common[1:], least)
 
     def limits(self, words: np.ndarray, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
         """The most that what is left of words adds to rows of some norms, (words, rows)."""
         most = self.most[words, lists[words], None]
         return np.asarray(self.weights[words, None] * most / (most + norms))
+
+    def limit(self, words: np.ndarray, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """The sum of `limits` over the words, (rows,)."""
+        parts = np.array_split(words, max(1, len(words) // AT_ONCE))
+        return np.asarray(sum(self.limits(part, lists, norms).sum(0) for part in parts))
 
     def narrowed(
         self, s: int, rows: np.ndarray, upper: np.ndarray, norms: np.ndarray | None, lists: np.ndarray, common: np.ndarray, least: float
@@ -260,7 +272,7 @@ class Asked:
                 rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]
             if not len(common) or not len(rows):
                 return rows, upper
-            words, common = np.split(common, [1 if len(rows) > FIRST else len(common)])  # many rows: one word after the other
+            words, common = np.split(common, [1 if len(rows) > FIRST else AT_ONCE])  # many rows: one word after the other
             held, twice = shard.holding(self.lines[s][words], rows)
             if norms is None:
                 upper = upper - ((held ^ 1) * self.bounds[words, lists[words], None].astype(np.float32)).sum(0)
