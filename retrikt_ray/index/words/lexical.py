@@ -122,15 +122,12 @@ class Asked:
         self.weights = (times * np.log(1 + (index.live - n + 0.5) / (n + 0.5))).astype(np.float32)
         self.there = held > 0  # (S, T)
         self.slack = (len(words) + 8) * 2.0**-23  # of a score: how far apart two sums of it in float32 may be
-        bounds = np.zeros((*end.shape, self.depth))  # the most that a list adds to a score
-        for bound, shard, which, there in zip(bounds, index.shards, lists[..., :-1], lists[..., :-1] < end[..., None], strict=True):
-            bound[there] = added(self.weights[np.nonzero(there)[0]], shard.most[which[there]], shard.least[which[there]], index.mean)
-        self.bounds = np.zeros((len(words), self.depth + 1))  # all lists from the d-th on, of any shard
-        self.bounds[:, :-1] = np.maximum.accumulate(bounds.max(0)[:, ::-1], 1)[:, ::-1]
-        most = np.zeros((*end.shape, self.depth + 1), np.float32)
-        for count, shard, which, there in zip(most[..., :-1], index.shards, lists[..., :-1], lists[..., :-1] < end[..., None], strict=True):
+        bounds, most = np.zeros((2, *end.shape, self.depth + 1))  # the most that a list adds to a score, and its largest count
+        for bound, count, shard, which, there in zip(bounds, most, index.shards, lists, lists < end[..., None], strict=True):
             count[there] = shard.most[which[there]]
-        self.most = np.maximum.accumulate(most.max(0)[:, ::-1], 1)[:, ::-1]  # (T, D + 1) largest count in all lists from the d-th on
+            bound[there] = added(self.weights[np.nonzero(there)[0]], count[there], shard.least[which[there]], index.mean)
+        # Of all lists from the d-th on, of any shard, (T, D + 1).
+        self.bounds, self.most = (np.maximum.accumulate(a.max(0)[:, ::-1], 1)[:, ::-1] for a in (bounds, most.astype(np.float32)))
         self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]  # (S, T) of common words, -1 for others
         self.rare: np.ndarray = np.all(np.stack(self.lines) < 0, axis=0)
         self.steps = self.plan()
@@ -223,9 +220,12 @@ class Asked:
                 kept = np.flatnonzero(mask[shard.low : shard.low + len(shard.lengths)][row])
                 row, upper = row[kept], upper[kept]
         order = np.argsort(row)
-        row = row[order]
-        first = np.append(True, row[1:] > row[:-1])[: len(row)].nonzero()[0]
-        return row[first] + np.int64(shard.low), np.maximum.reduceat(upper[order], first) if len(first) else upper
+        row, upper = row[order], upper[order]
+        new = np.append(True, row[1:] > row[:-1])[: len(row)]
+        first, again = np.flatnonzero(new), np.flatnonzero(~new)
+        most_of = upper[first]
+        np.maximum.at(most_of, np.searchsorted(first, again) - 1, upper[again])
+        return row[first] + np.int64(shard.low), most_of
 
     def seen(self, s: int, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
         """The rows in so many lists (T,) of a shard that may score `least`, some of them more than once, and the most that each may."""
