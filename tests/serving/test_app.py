@@ -33,7 +33,7 @@ from ray.serve.schema import ServeDeploySchema
 from retrikt_ray import Client
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import parse_args
@@ -53,8 +53,8 @@ def test_the_deployment_is_what_the_args_say(tmp_path: Path, monkeypatch: pytest
     deployment, config = app._bound_deployment, app._bound_deployment._deployment_config
     assert deployment.init_args[0]["run"] == str(tmp_path / "runs" / "mine")  # a replica's working directory is another
     assert (deployment.num_replicas, deployment.ray_actor_options["num_cpus"]) == (2, 3)
-    held = sum(size["bytes"] for name in ("student", "index") for size in check(Folder.at(run) / name).files.values())
-    assert deployment.ray_actor_options["memory"] == 700_000_000 + held + 500 * check(Folder.at(run) / "store").rows["store"]
+    held = sum(size["bytes"] for name in ("student", "index") for size in check(run / name).files.values())
+    assert deployment.ray_actor_options["memory"] == 700_000_000 + held + 500 * sum(check(run / "store").rows.values())
     assert config.max_ongoing_requests > 2 * 8 + 4  # what is too much, the replica refuses itself
     with pytest.raises(ConfigError, match=r"max_bach: there is no such key; did you mean max_batch\?"):
         build_app({"run": "x", "max_bach": 3})
