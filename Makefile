@@ -131,8 +131,8 @@ bench-lexical: install ## Words at 2M rows: a question beside a plain scorer of 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
 
-drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each; a Serve app on two nodes that loses one, three times
-	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py tests/serving/test_nodes.py
+drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
+	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
 
 bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
 	$(BIN)/python -m jobs.bench_serve $(RUN)
