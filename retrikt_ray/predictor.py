@@ -14,12 +14,12 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from retrikt_ray.index.mixture import NAMES, Mixture, Voice, Votes, mix, voices_of, without
 from retrikt_ray.index.ngrams import Spoken
+from retrikt_ray.knowledge.base import Opener, Places
 from retrikt_ray.knowledge.knowledge import Knowledge
-from retrikt_ray.knowledge.view import Hits, Neighbour, Opener, Places, View
+from retrikt_ray.knowledge.view import Hits, Neighbour, View
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
 from retrikt_ray.task.texts import Text, read_texts, shown
@@ -111,7 +111,7 @@ class Prediction:
         ngrams = said and (np.repeat(said[0][i : i + 1], len(rows), 0), np.repeat(said[1][i : i + 1], len(rows), 0))
         voices = voices_of(votes(self.dense), votes(self.lexical), ngrams, self.mixture)
         answers = mix(np.repeat(self.student[i : i + 1], len(rows), 0), voices, self.mixture)
-        return dict(zip(self.view.ids.take(pa.array(rows)).to_pylist(), answers, strict=True))
+        return dict(zip(self.view.ids_of(rows), answers, strict=True))
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -191,7 +191,7 @@ class Predictor:
         clock("ngrams")
         voices = voices_of(votes_of(dense), votes_of(lexical), ngrams, m)
         mixed, told = mix(answers, voices, m), view.told_of(texts)
-        mixed[told >= 0] = view.labels[told[told >= 0]]  # what a person has said of a text is not outvoted
+        mixed[told >= 0] = view.labels_of(told[told >= 0])  # what a person has said of a text is not outvoted
         clock("mix")
         return Prediction(texts, mixed, answers, dense, lexical, voices, view, m, told)
 

@@ -16,7 +16,8 @@ from making.unspaced import LABELS, WORDS, rows, write_task
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.index.learning import learn
-from retrikt_ray.index.lexical import Lexical, Postings
+from retrikt_ray.index.words.lexical import Lexical
+from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source

@@ -11,18 +11,18 @@ import pyarrow as pa
 
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import learn
-from retrikt_ray.index.lexical import Lexical
 from retrikt_ray.index.mixture import MOST, NAMES, Mixture, Votes, fit_mixture, mix, voices_of
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
 from retrikt_ray.index.vectors import StudentVectors, validation_vectors
+from retrikt_ray.index.words.lexical import Lexical
 from retrikt_ray.runtime.cluster import each, plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source, matrix
 from retrikt_ray.task.metrics import losses, one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 7
+VERSION = 8
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:

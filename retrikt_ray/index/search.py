@@ -31,6 +31,8 @@ faiss.cvar.distance_compute_min_k_reservoir = 1
 class Search(Protocol):
     """What answers dense queries: this process, Ray actors, or whatever gives the same answers."""
 
+    missing: int  # holders of shards that the last search did without
+
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Positions (Q, k), -1 where there are fewer rows, and cosine similarities (Q, k), best first, ties by position.
 
@@ -200,6 +202,7 @@ class Searcher:
     width: int
     nprobe: int
     threads: int = 1
+    missing: int = 0  # holders of shards that the last search did without: never any
 
     def __post_init__(self) -> None:
         ivf = bool(self.shards) and self.shards[0].ivf is not None

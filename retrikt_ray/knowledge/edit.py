@@ -15,7 +15,6 @@ from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, sealed
 from retrikt_ray.runtime.leases.lease import LeaseLost, Right
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.runtime.tables import Source
 from retrikt_ray.task.texts import TEXT_COLUMNS
 
 
@@ -94,7 +93,7 @@ def table(view: View, run: Folder, student: str, threads: int, fresh: list[dict[
     if check(run / "student", deep=True).content != student:
         raise ArtifactError(f"{run}/student was made anew since this process opened it: start the process again")
     width, first = view.base.card["width"], view.rows.num_rows
-    schema = edit_schema(Source.of(view.base.store).schema, width)
+    schema = edit_schema(view.base.schema, width)
     labels = labelled(run, fresh)
     texts = pa.table({name: pa.array([row[name] for row in labels], pa.string()) for name in TEXT_COLUMNS})
     vectors = StudentVectors(run / "student", width, threads).of(texts)

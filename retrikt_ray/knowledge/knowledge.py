@@ -19,10 +19,11 @@ from typing import Any
 
 from retrikt_ray.index.search import Searcher
 from retrikt_ray.knowledge import edit
+from retrikt_ray.knowledge.base import Base, Opener, Places, open_base
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.log import Log, read_log, writing
 from retrikt_ray.knowledge.rows import checked
-from retrikt_ray.knowledge.view import Base, Opener, Places, View, open_base
+from retrikt_ray.knowledge.view import View
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
@@ -53,6 +54,7 @@ class Knowledge:
         self.task = Task.read(places.task)
         self.student = check(places.student, deep=True).content
         self.base: Base | None = None  # of the next view; None: to be opened
+        self.edits: dict[str, Any] = {}  # that were read for the view, by SHA-256
         self.signature: Any = None  # of the log that the view was read from
         self.current = False  # the view is of that log; else reading it failed, and the next look tries again
         self.looked = 0.0
@@ -110,7 +112,8 @@ class Knowledge:
                 if self.base is None or self.base.name != (log and log.base) or (log and log.contents != self.base.contents):
                     self.open_base(log)
                 assert self.base is not None
-                self.view = View.over(self.task, self.base, log, self.places, self.threads)
+                self.view = View.over(self.task, self.base, log, self.places, self.threads, read=self.edits)
+                self.edits = self.view.edits
                 self.current = True
                 return
             except (ArtifactError, FileNotFoundError):  # a file of a state that was replaced while we read it
@@ -188,7 +191,7 @@ class Knowledge:
             if len(gone) == view.count and not fresh:
                 raise ConfigError(f"this would delete all {view.count} rows of {self.places.run}; a store keeps one at least")
             more = edit.table(view, self.editable(), self.student, self.threads, fresh, gone)
-            return view, View.over(self.task, view.base, view.log, self.places, self.threads, more)
+            return view, View.over(self.task, view.base, view.log, self.places, self.threads, more, view.edits)
 
     def compact(self, workers: Workers | None = None) -> bool:
         """Fold the edits into a new base; answers stay the same. True when there was something to fold. workers None: in this process."""

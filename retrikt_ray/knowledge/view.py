@@ -7,7 +7,8 @@ before every file was compared with its manifest, and the manifests with each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,95 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrikt_ray.index.learning import edited
-from retrikt_ray.index.lexical import Lexical
 from retrikt_ray.index.ngrams import Memory
-from retrikt_ray.index.search import Search, Searcher, merge
-from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit
-from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.index.search import Searcher, merge
+from retrikt_ray.index.words.lexical import Lexical
+from retrikt_ray.knowledge.base import Base, Places, plain
+from retrikt_ray.knowledge.log import Log, read_edit
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.runtime.tables import matrix
 from retrikt_ray.store.rows import VIEWED
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
-
-Opener = Callable[[Folder, int], Search]  # (index, threads) -> who answers dense queries
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the parts of a run's knowledge are."""
-
-    task: Folder
-    student: Folder
-    store: Folder
-    index: Folder
-    run: Folder | None = None  # whose edits count; None: everything as the stages made it
-
-    @staticmethod
-    def of(run: Folder, edited: bool = True) -> Places:
-        """Those of a run directory. Raises ArtifactError where it is none."""
-        if not run.exists("config.yaml"):
-            raise ArtifactError(f"{run} is not a run directory: it has no config.yaml")
-        return Places(run / "task", run / "student", run / "store", run / "index", run if edited else None)
-
-    @property
-    def log(self) -> Folder | None:
-        """The folder of the edits."""
-        return self.run and self.run / "knowledge"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A store and its index, opened and verified."""
-
-    name: str | None  # folder below knowledge/ that compaction wrote; None: the run's own store/ and index/
-    store: Folder
-    contents: dict[str, str]  # digests of the student, store and index
-    card: dict[str, Any]  # index.json
-    rows: pa.Table  # the columns VIEWED
-    searcher: Search
-    words: Lexical
-    ngrams: Memory
-
-
-def open_base(places: Places, log: Log | None, student: str, threads: int, opener: Opener) -> Base:
-    """Open the store and the index that the log names, or the run's own. student: digest of the one that this process has open.
-
-    Raises ArtifactError that names the file that is missing, altered, or does not belong to the others.
-    """
-    if check(places.student).content != student:
-        raise ArtifactError(f"{places.student} was made anew since this process opened it: start the process again")
-    store, index, run = places.store, places.index, places.run
-    if log and run:
-        check_origin(run, log)
-        store, index = base_of(run, log) / "store", base_of(run, log) / "index"
-    # The manifests with each other, before any file with its manifest: a whole manifest of another run must not vouch for anything.
-    seals = {"store": check(store, only=[]), "index": check(index, only=[])}
-    contents = {"student": student} | {name: seal.content for name, seal in seals.items()}
-    for name, content in log.contents.items() if log else ():
-        if content != contents[name] and name != "student" and store != places.store:
-            raise ArtifactError(
-                f"{store if name == 'store' else index}/{MANIFEST} was exchanged: it is not the one that {places.log}/{MANIFEST} knows"
-            )
-        if content != contents[name]:
-            raise ArtifactError(
-                f"{places.log}/{MANIFEST} holds edits of another {name} than {run}/{name}: it was made anew since. "
-                f"`retrikt store compact {run}` takes the edits over"
-            )
-    for name, folder in (("student", places.student), ("store", store)):
-        if seals["index"].inputs.get(name) != contents[name]:
-            raise ArtifactError(
-                f"{index}/{MANIFEST} says that the index was built from another {name} than {folder}; run `retrikt index {run or 'RUN'}`"
-            )
-    for folder in (store, index):
-        check(folder, deep=True)
-    card, words = index.read_json("index.json"), Lexical.unsealed(index)
-    rows = store.read_tables(columns=[*VIEWED])
-    for part, found in (("shards", card["rows"]), ("words", words.rows)):
-        if found != rows.num_rows:
-            raise ArtifactError(f"{index} holds {part} of {found} rows, {store} has {rows.num_rows}")
-    return Base(log.base if log else None, store, contents, card, rows, opener(index, threads), words, Memory.unsealed(index))
 
 
 @dataclass(frozen=True)
@@ -115,22 +38,16 @@ class Hits:
     positions: np.ndarray  # (Q, k) int64, -1 where there is none
     scores: np.ndarray  # (Q, k) cosine similarity, or BM25 score; -inf where there is none
     labels: np.ndarray  # (Q, k, C) the rows' teacher probabilities, or values in regression (C = 1)
-    names: pa.Array = field(repr=False)  # ids of all rows
+    view: View = field(repr=False)  # that was searched
 
     @property
     def ids(self) -> list[list[str]]:
         """Of the rows found; taken when they are asked for, since a vote does not need them."""
-        return [self.names.take(pa.array(row[row >= 0])).to_pylist() for row in self.positions]
+        return [self.view.ids_of(row[row >= 0]) for row in self.positions]
 
     def part(self, low: int, high: int) -> Hits:
         """Of the queries low .. high - 1."""
-        return Hits(self.positions[low:high], self.scores[low:high], self.labels[low:high], self.names)
-
-
-def plain(text: Text) -> Text:
-    """Whatever its case."""
-    first, second = text
-    return first.casefold(), None if second is None else second.casefold()
+        return Hits(self.positions[low:high], self.scores[low:high], self.labels[low:high], self.view)
 
 
 @dataclass(frozen=True)
@@ -142,52 +59,97 @@ class View:
     log: Log | None
     rows: pa.Table  # of the base, then the added ones
     alive: np.ndarray  # (N,) bool: not deleted
-    added: Searcher | None  # over the vectors of the added rows
+    gone: np.ndarray  # sorted positions of the deleted rows
+    more: pa.Table  # the added rows
+    added: Searcher | None  # over their vectors
     words: Lexical
     ngrams: Memory
-    labels: np.ndarray  # (N, C) teacher probabilities, or values
-    ids: pa.Array
+    edits: dict[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)  # edits that were read, by SHA-256
     masks: dict[tuple[str | None, str | None], np.ndarray | None] = field(default_factory=dict, repr=False, compare=False)  # see `allowed`
 
     @staticmethod
-    def over(task: Task, base: Base, log: Log | None, places: Places, threads: int, more: pa.Table | None = None) -> View:
-        """Read the edits of a log over their base. more: an edit that is not in the log."""
-        edits = [read_edit(places.log, e) for e in log.edits] if log and places.log else []
+    def over(
+        task: Task,
+        base: Base,
+        log: Log | None,
+        places: Places,
+        threads: int,
+        more: pa.Table | None = None,
+        read: Mapping[str, pa.Table] | None = None,
+    ) -> View:
+        """Read the edits of a log over their base, in a time that follows from the edits. more: an edit that is not in the log; read: some that
+        were read before."""
+        read = read or {}
+        known = {e["sha256"]: read.get(e["sha256"]) or read_edit(places.log, e) for e in log.edits} if log and places.log else {}
+        edits = [known[e["sha256"]] for e in log.edits] if known and log else []
         edits += [] if more is None else [more]
-        rows, alive, words, ngrams, added = base.rows, np.ones(base.rows.num_rows, bool), base.words, base.ngrams, None
+        count, gone, added = base.rows.num_rows, np.zeros(0, np.int64), None
+        words, ngrams, new = base.words, base.ngrams, base.rows.slice(0, 0)
         if edits:
             table = pa.concat_tables(edits)
-            gone = table["deleted"].to_numpy(zero_copy_only=False)
-            new = table.filter(pa.array(~gone))
-            if new["position"].to_pylist() != list(range(len(rows), len(rows) + len(new))):
-                raise ArtifactError(f"{places.log}/{MANIFEST}: the positions of added rows do not go on from {len(rows)}")
-            alive = np.ones(len(rows) + len(new), bool)
-            alive[table["position"].to_numpy()[gone]] = False
-            words = base.words.edited(texts_of(new), alive)
-            kept, lost = new.filter(pa.array(alive[len(rows) :])), rows.filter(pa.array(~alive[: len(rows)]))
-            ngrams = edited(ngrams, labelled(kept), labelled(lost))
+            deleted = table["deleted"].to_numpy(zero_copy_only=False)
+            gone, new = np.unique(table["position"].to_numpy()[deleted]), table.filter(pa.array(~deleted))
+            if not np.array_equal(new["position"].to_numpy(), np.arange(count, count + len(new))):
+                raise ArtifactError(f"{places.log}/{MANIFEST}: the positions of added rows do not go on from {count}")
+            words = base.words.edited(texts_of(new), gone)
+            stay = np.ones(len(new), bool)
+            stay[gone[gone >= count] - count] = False
+            ngrams = edited(ngrams, labelled(new.filter(pa.array(stay))), labelled(base.taken(gone[gone < count])))
             if len(new):
-                added = Searcher.over(matrix(new["vector"]), len(rows), threads)
-                rows = pa.concat_tables([rows, new.select(VIEWED)])
-        ids = rows["id"].cast(pa.large_string()).combine_chunks()  # one piece: rows are taken from a chunked one slowly
-        return View(task, base, log, rows, alive, added, words, ngrams, matrix(rows["teacher_probs"]), ids)
+                added = Searcher.over(matrix(new["vector"]), count, threads)
+            new = new.select(VIEWED)
+        alive = np.ones(count + len(new), bool)
+        alive[gone] = False
+        rows = pa.concat_tables([base.rows, new]) if len(new) else base.rows
+        return View(task, base, log, rows, alive, gone, new, added, words, ngrams, known)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(N, C) of all rows; `labels_of` is for some."""
+        return np.concatenate([self.base.labels, self.more_labels]) if len(self.more) else self.base.labels
+
+    @cached_property
+    def more_labels(self) -> np.ndarray:
+        """(n, C) of the added rows."""
+        return labelled(self.more)[1]
+
+    @cached_property
+    def more_ids(self) -> list[str]:
+        """Of the added rows."""
+        return [str(i) for i in self.more["id"].to_pylist()]
+
+    def labels_of(self, positions: np.ndarray) -> np.ndarray:
+        """(..., C) of some rows; of -1 those of some row."""
+        count = self.base.rows.num_rows
+        found = self.base.labels[np.minimum(positions, count - 1)]
+        late = positions >= count
+        found[late] = self.more_labels[positions[late] - count]
+        return found
+
+    def ids_of(self, positions: np.ndarray) -> list[str]:
+        """Of some rows."""
+        count = self.base.rows.num_rows
+        early = iter(self.base.ids.take(pa.array(positions[positions < count])).to_pylist())
+        return [next(early) if p < count else self.more_ids[p - count] for p in positions.tolist()]
 
     @cached_property
     def told(self) -> dict[Text, int]:
-        """Positions of the live rows that somebody added, by their text as `plain` has it; of equal texts the newest."""
-        added = np.flatnonzero(self.alive & pc.equal(self.rows["source"], "added").to_numpy(zero_copy_only=False))
-        return {plain(text): int(p) for text, p in zip(texts_of(self.rows.take(pa.array(added))), added, strict=True)}
+        """Positions of the live rows that edits added, by their text as `plain` has it; of equal texts the newest."""
+        count = self.base.rows.num_rows
+        return {plain(text): count + i for i, text in enumerate(texts_of(self.more)) if self.alive[count + i]}
 
     def told_of(self, texts: Sequence[Text]) -> np.ndarray:
-        """(Q,) positions of the added rows that are these texts word for word; -1: nobody added one."""
-        if not self.told:
+        """(Q,) positions of the added rows that are these texts word for word, the newest; -1: nobody added one."""
+        if not self.told and not self.base.told:
             return np.full(len(texts), -1)
-        return np.array([self.told.get(plain(text), -1) for text in texts], np.int64)
+        keys = [plain(text) for text in texts]
+        before = (next((p for p in reversed(self.base.told.get(key, [])) if self.alive[p]), -1) for key in keys)
+        return np.array([self.told.get(key, early) for key, early in zip(keys, before, strict=True)], np.int64)
 
     @property
     def count(self) -> int:
         """Rows that can be found."""
-        return int(self.alive.sum())
+        return self.rows.num_rows - len(self.gone)
 
     @property
     def version(self) -> int:
@@ -197,13 +159,18 @@ class View:
     @property
     def sources(self) -> list[str]:
         """Where the live rows come from."""
-        return sorted(self.rows["source"].filter(pa.array(self.alive)).unique().to_pylist())
+        count, found = self.base.rows.num_rows, Counter(self.base.sources)
+        found.subtract(self.base.taken(self.gone[self.gone < count])["source"].to_pylist())
+        found.update(source for source, lives in zip(self.more["source"].to_pylist(), self.alive[count:].tolist(), strict=True) if lives)
+        return sorted(source for source, rows in found.items() if rows)
 
     def find(self, ids: list[str]) -> dict[str, int]:
         """Positions of the live rows that have these ids."""
-        named = pc.is_in(self.ids, value_set=pa.array(ids, pa.large_string())).to_numpy(zero_copy_only=False)
-        positions = np.flatnonzero(named & self.alive)
-        return dict(zip(self.ids.take(pa.array(positions)).to_pylist(), positions.tolist(), strict=True))
+        late = dict(
+            zip(self.more_ids, range(self.base.rows.num_rows, self.rows.num_rows), strict=True)
+        )  # the last row of an id is the live one
+        found = {name: [*self.base.positions(name), *([late[name]] if name in late else [])] for name in ids}
+        return {name: p for name, positions in found.items() for p in positions if self.alive[p]}
 
     def row(self, position: int) -> dict[str, Any]:
         """One row: the columns VIEWED."""
@@ -227,12 +194,12 @@ class View:
                 if label not in self.task.labels:
                     named = ", ".join(self.task.labels) or "none, it is a regression"
                     raise ConfigError(f"label: found {label!r}; the labels of {self.task.name} are {named}")
-                mask = mask & (self.labels.argmax(1) == self.task.labels.index(label))
+                mask = mask & (np.concatenate([self.base.decided, self.more_labels.argmax(1)]) == self.task.labels.index(label))
             if source is not None:
                 if source not in self.sources:
                     raise ConfigError(f"source: found {source!r}; the sources of the store are {', '.join(self.sources)}")
                 mask = mask & pc.equal(self.rows["source"], source).to_numpy(zero_copy_only=False)
-            self.masks[key] = None if mask.all() else mask
+            self.masks[key] = None if mask is self.alive and not len(self.gone) else mask
         return self.masks[key]
 
     def search(self, vectors: np.ndarray, k: int, *, label: str | None = None, source: str | None = None) -> Hits:
@@ -249,7 +216,7 @@ class View:
         return self.hits(*self.words.search(texts, k, self.allowed(label, source)))
 
     def hits(self, positions: np.ndarray, scores: np.ndarray) -> Hits:
-        return Hits(positions, scores, self.labels[positions], self.ids)
+        return Hits(positions, scores, self.labels_of(positions), self)
 
     def neighbours(self, hits: Hits, by: str, most: int | None = None) -> list[list[Neighbour]]:
         """The rows that each query found, best first, at most `most` of them. by: what they were found by, similarity or bm25."""

@@ -78,7 +78,7 @@ class Material:
     @cached_property
     def predictor(self) -> Predictor:
         """The run's student and knowledge, as the stages made them: a report does not look at edits."""
-        from retrikt_ray.knowledge.view import Places
+        from retrikt_ray.knowledge.base import Places
         from retrikt_ray.predictor import Predictor
 
         return Predictor.at(Places(*(self.inputs[name] for name in ("task", "student", "store", "index"))), self.threads)

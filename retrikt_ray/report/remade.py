@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrikt_ray.index.learning import of_texts
-from retrikt_ray.index.lexical import Lexical, Postings
 from retrikt_ray.index.mixture import ALONE, MOST, NAMES, Mixture, Voice, Votes, fit_mixture, mix, voices_of
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
+from retrikt_ray.index.words.lexical import Lexical
+from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.report.material import Material, trained
 from retrikt_ray.task.metrics import one_hot
 from retrikt_ray.task.texts import Text

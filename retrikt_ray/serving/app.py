@@ -6,12 +6,21 @@ import asyncio
 import ipaddress
 from typing import Any
 
+from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.api.guard import Keys
 from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import parse_args, parse_swap
 from retrikt_ray.serving.replica import Endpoint
+
+PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries; a row's text, id and labels in memory
+
+
+def memory_of(run: Folder) -> int:
+    """Bytes that a replica is counted with, by the manifests of the run: the process, student and index, and the rows of the store."""
+    files = [size["bytes"] for name in ("student", "index") for size in check(run / name, only=[]).files.values()]
+    return int(PROCESS_BYTES + sum(files) + ROW_BYTES * sum(check(run / "store", only=[]).rows.values()))
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -24,12 +33,14 @@ def build_app(args: dict[str, Any]) -> Any:
     deployment = serve.deployment(
         name="Endpoint",
         num_replicas=parsed.replicas,
-        ray_actor_options={"num_cpus": parsed.threads},
+        ray_actor_options={"num_cpus": parsed.threads, "memory": memory_of(Folder.at(parsed.run))},
         max_ongoing_requests=parsed.capacity + 16,  # beyond `capacity` the replica itself refuses, in JSON
         max_queued_requests=1000
         + parsed.capacity,  # of those on their way to a replica; a flood beyond it gets Ray's own 503, in plain text
         backpressure_config={"retry_after_s": 1},
         max_constructor_retry_count=2,  # an artifact that cannot be opened stays so
+        health_check_period_s=5,
+        health_check_timeout_s=parsed.deadline_s + 5,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=5,  # an answer takes milliseconds
         logging_config={"enable_access_log": False},  # paths and queries are what users sent
@@ -52,6 +63,10 @@ class Served(Endpoint):
             return
         if run != self.opened.run or self.refused:
             await asyncio.to_thread(self.swap, run)
+
+    async def check_health(self) -> None:
+        """Serve ends a replica that fails this three times in a row, and starts another: one that cannot answer, whatever its process does."""
+        await self.answers()
 
     def __serve_build_asgi_app__(self) -> Any:
         import ray

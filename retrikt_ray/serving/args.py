@@ -21,6 +21,12 @@ class ServeArgs(Section):
     shard_actors: int = Field(
         0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."
     )
+    shard_deadline_s: float = Field(5, gt=0, description="Seconds in which each of the shard_actors must have answered a batch.")
+    missing_shards: Literal["refuse", "answer"] = Field(
+        "refuse",
+        description="Where some have not: refuse, with 503 and Retry-After, or answer without their rows, which the header "
+        "X-Knowledge-Missing says.",
+    )
     max_batch: int = Field(64, ge=1, description="Requests answered together at most. Nobody waits for others: what is queued is taken.")
     max_texts: int = Field(256, ge=1, description="Texts, or rows of an edit, in one request; more are refused with 413.")
     max_text_chars: int = Field(

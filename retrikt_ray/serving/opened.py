@@ -42,6 +42,7 @@ class Answers:
 
     items: list[Any]
     version: str
+    missing: int = 0  # actors whose shards were not asked
 
 
 class Opened:
@@ -82,13 +83,18 @@ class Opened:
             view = self.predictor.knowledge.view
             for indices in alike(jobs):
                 group = [jobs[i] for i in indices]
+                view.base.searcher.missing = 0
                 texts = [text for job in group for text in job.texts]
                 found = (
                     self.answered(group[0], texts, clock) if group[0].kind in ("retrieve", "embed") else self.predicted(group, texts, clock)
                 )
                 rest = iter([] if isinstance(found, Refusal) else found)
                 for i in indices:
-                    answers[i] = found if isinstance(found, Refusal) else Answers([next(rest) for _ in jobs[i].texts], self.version(view))
+                    answers[i] = (
+                        found
+                        if isinstance(found, Refusal)
+                        else Answers([next(rest) for _ in jobs[i].texts], self.version(view), view.base.searcher.missing)
+                    )
         self.metrics.texts.inc(sum(len(job.texts) for job in jobs))
         self.metrics.version.set(view.version)
         self.metrics.rows.set(view.count)
@@ -213,6 +219,11 @@ def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
     return [[record(row) for row in rows] for rows in found]
 
 
+def spread(args: ServeArgs, index: Folder, threads: int) -> ActorSearcher:
+    """The index in actors, as the args say."""
+    return ActorSearcher(index, args.shard_actors, threads, args.shard_deadline_s, args.missing_shards == "answer")
+
+
 def seals(run: str) -> list[Any]:
     """Of what the stages made: changes when it is made anew. None for what is not complete."""
     return [(Folder.at(run) / name).signature(MANIFEST) for name in ("task", "student", "store", "index")]
@@ -231,7 +242,7 @@ def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Pre
     if not args.shard_actors:
         opened = Predictor.open(folder, args.threads)
     else:
-        opened = Predictor.open(folder, args.threads, opener=lambda index, threads: ActorSearcher(index, args.shard_actors, threads))
+        opened = Predictor.open(folder, args.threads, opener=lambda *index: spread(args, *index))
     if like and (opened.task.pair, opened.task.problem) != (like.predictor.task.pair, like.predictor.task.problem):
         opened.knowledge.view.base.searcher.close()
         raise ConfigError(f"{run} is a task of another kind than the run that answers, and would have to be asked otherwise")

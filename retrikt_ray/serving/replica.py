@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from retrikt_ray.knowledge.actors import MissingShards
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
@@ -81,6 +82,10 @@ class Batcher:
                 future.set_result(answer)
 
 
+def missing(error: MissingShards) -> Refusal:
+    return Refusal(503, str(error), "the same request some seconds later", {"Retry-After": "2"})
+
+
 class Endpoint:
     """One replica."""
 
@@ -110,14 +115,34 @@ class Endpoint:
             async with asyncio.timeout(self.args.deadline_s):
                 answers: Answers = await self.batcher.ask(job)
                 return answers
+        except MissingShards as error:
+            raise missing(error) from None
         except TimeoutError:
             raise Refusal(504, f"there was no answer within {self.args.deadline_s:g} s", "fewer texts, or a time of less load") from None
         finally:
             self.active -= 1
 
+    async def answers(self) -> None:
+        """Ask the student and the index for the text of a row, which looks like no drift. Raises TimeoutError and what else keeps a replica from
+        answering.
+
+        A full queue, and a run that was damaged on its disk, are not the replica's fault: another one would do no better.
+        """
+        view = self.predictor.knowledge.view
+        row = view.row(int(view.alive.argmax()))
+        text = (row["text"], row["text_pair"])
+        try:
+            async with asyncio.timeout(self.args.deadline_s):
+                await self.batcher.ask(Job("predict", [text], (1, False)))
+        except (ArtifactError, ConfigError) as error:
+            logger.error(f"cannot answer from {self.opened.run}: {error}")
+
     async def apart(self, thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
-        """Do something in a thread of the replica."""
-        return await asyncio.get_running_loop().run_in_executor(thread, work)
+        """Do something in a thread of the replica. Raises Refusal 503 where shards are missing."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, work)
+        except MissingShards as error:
+            raise missing(error) from None
 
     async def info(self) -> dict[str, Any]:
         """What is served, with the edits that the next request would see, and what was refused."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from pathlib import Path
 
 import bm25s
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray.index.build import count_words, edges
-from retrikt_ray.index.lexical import Lexical, Postings
+from retrikt_ray.index.words import lexical, postings
+from retrikt_ray.index.words.lexical import Lexical
+from retrikt_ray.index.words.postings import Postings, counted
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import Source
 
@@ -93,16 +96,78 @@ def test_any_number_of_shards_gives_the_same_bits(seed: int, rows: int, shards: 
     assert allowed[found[found >= 0]].all()
 
 
+def brute(texts: list[tuple[str, str | None]], alive: np.ndarray, query: str, allowed: np.ndarray, k: int) -> list[tuple[int, np.float32]]:
+    """BM25 by its formula, row by row, the words in the order of their hashes."""
+    rows = [tokens(text) for text, _ in texts]
+    live = [row for row, lives in zip(rows, alive, strict=True) if lives]
+    mean = sum(map(len, live)) / len(live)
+    asked = sorted(set(tokens(query)), key=lambda w: int(counted([(w, None)]).indices[0]))
+    found = []
+    for position, row in enumerate(rows):
+        score = np.float32(0)
+        for word in asked:
+            n, f = sum(word in other for other in live), np.float32(row.count(word))
+            weight = np.float32(tokens(query).count(word) * np.log(1 + (len(live) - n + 0.5) / (n + 0.5)))
+            score += weight * f / (f + np.float32(1.5) * (np.float32(0.25) + np.float32(0.75) * np.float32(len(row)) / np.float32(mean)))
+        if score > 0 and alive[position] and allowed[position]:
+            found.append((position, score))
+    return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_left_unread_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lists and budgets so short that a few hundred rows are pruned as millions are: common words as bitmaps, several steps, deletions, edits."""
+    for module, name, value in ((postings, "LIST", 2), (postings, "COMMON_ROWS", 3), (lexical, "FIRST", 4), (lexical, "CERTAIN", 1)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(lexical, "RARE", 0.99 if seed % 2 else 0.1)
+    rng = np.random.default_rng(seed)
+    texts, more, queries = sentences(rng, 150), sentences(rng, 10), [" ".join(t for t, _ in sentences(rng, 2)) for _ in range(6)]
+    gone = np.sort(rng.choice(160, 15, replace=False))
+    alive = np.isin(np.arange(160), gone, invert=True)
+    index = cut(texts, int(rng.integers(1, 4))).edited(more, gone)
+    assert index.shards[0].common.size and np.diff(index.shards[0].lists).max() > 3
+    for allowed in (np.ones(160, bool), rng.random(160) < 0.2):
+        for k in (1, 5, 200):
+            for query in queries:
+                found, scores = index.search([(query, None)], k, allowed)
+                want = brute(texts + more, alive, query, allowed, k)
+                assert found[0][: len(want)].tolist() == [p for p, _ in want] and (found[0][len(want) :] == -1).all()
+                np.testing.assert_array_equal(scores[0][: len(want)], np.array([s for _, s in want], np.float32))
+
+
+def test_few_postings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4,000 rows that hold a common word, fewer than a quarter are scored for a question that a rare one decides."""
+    rng = np.random.default_rng(0)
+    texts: list[tuple[str, str | None]] = [(" ".join(rng.choice(WORDS[:6], 8)), None) for _ in range(4000)]
+    for row in range(0, 4000, 200):
+        texts[row] = (texts[row][0] + " brave", None)
+    index, scored = cut(texts, 2), []
+    plain = lexical.Asked.scores
+    monkeypatch.setattr(lexical.Asked, "scores", lambda asked, rows: scored.append(len(rows)) or plain(asked, rows))
+    found, _ = index.search([("a brave film", None)], 5)
+    assert (found % 200 == 0).all()
+    assert sum(scored) < 1000
+
+
 def test_edits_score_as_an_index_made_anew() -> None:
     rng = np.random.default_rng(1)
     texts, more, queries = sentences(rng, 60), sentences(rng, 9), sentences(rng, 10)
     alive = rng.random(69) < 0.7
-    edited = cut(texts, 3).edited(more, alive)
+    edited = cut(texts, 3).edited(more, np.flatnonzero(~alive))
     anew = cut([t for t, a in zip(texts + more, alive, strict=True) if a], 2)
     ids, scores = edited.search(queries, 100)
     want, want_scores = anew.search(queries, 100)
     np.testing.assert_array_equal(np.where(want >= 0, np.flatnonzero(alive)[want], -1), ids)
     np.testing.assert_array_equal(scores, want_scores)
+
+
+def test_a_question_of_thousands_of_words() -> None:
+    words = cut([(f"w{i} w{i + 1} the", None) for i in range(0, 6000, 2)], 2)
+    tracemalloc.start()
+    found, _ = words.search([(" ".join(f"w{i}" for i in range(5000)), None)], 3)
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert found[0].tolist() == [0, 1, 2]  # all that it names score alike
 
 
 def test_pairs_and_case() -> None:

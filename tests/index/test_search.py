@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ from making.vectors import make_index, quarters, seal
 
 from retrikt_ray.index import search
 from retrikt_ray.index.search import Searcher, merge
-from retrikt_ray.knowledge.actors import ActorSearcher
+from retrikt_ray.knowledge.actors import ActorSearcher, MissingShards
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
 
@@ -199,6 +202,32 @@ def test_actors_answer_as_this_process(cluster: None, tmp_path: Path) -> None:
         ActorSearcher(folder, 2).search(vectors[:1], 1)
     with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has, or can grow to, 4"):
         ActorSearcher(folder, 9)
+
+
+def test_shards_that_are_late_are_missed_as_it_was_asked(cluster: None, tmp_path: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(90, 12)).astype(np.float32)
+    folder = make_index(tmp_path, vectors, 3, "Flat")
+    here, spread = Searcher.open(folder), ActorSearcher(folder, 3, deadline_s=1.0)
+    pid = ray.get(spread.actors[1].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(MissingShards, match="1 of 3 actors that hold shards have not answered in 1 s"):
+            spread.search(vectors[:4], 5)
+        began = time.monotonic()
+        with pytest.raises(MissingShards):
+            spread.search(vectors[:4], 5)
+        assert time.monotonic() - began < 0.5  # nobody waits for it again
+        spread.partial = True
+        others = np.arange(90) // 30 != 1
+        for got, want in zip(spread.search(vectors[:4], 5), here.search(vectors[:4], 5, others), strict=True):
+            np.testing.assert_array_equal(got, want)
+        assert spread.missing == 1
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    ray.wait(list(spread.late.values()), num_returns=len(spread.late), timeout=20)
+    np.testing.assert_array_equal(spread.search(vectors[:4], 5)[0], here.search(vectors[:4], 5)[0])
+    assert spread.missing == 0
+    spread.close()
 
 
 def test_a_query_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import torch
 
 from making.tiny_run import WORDS
 from retrikt_ray.index.learning import of_texts
-from retrikt_ray.index.lexical import counted
 from retrikt_ray.index.vectors import StudentVectors
+from retrikt_ray.index.words.postings import counted
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.folders import Folder

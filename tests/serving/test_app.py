@@ -32,6 +32,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from retrikt_ray import Client
 from retrikt_ray.knowledge.knowledge import Knowledge
+from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.app import build_app
@@ -47,10 +48,13 @@ QUERY = "a zebra film"
 
 def test_the_deployment_is_what_the_args_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "runs" / "mine")
     app: Any = build_app({"run": "runs/mine", "replicas": 2, "threads": 3, "max_batch": 8, "max_queued": 4, "open": "read"})
     deployment, config = app._bound_deployment, app._bound_deployment._deployment_config
     assert deployment.init_args[0]["run"] == str(tmp_path / "runs" / "mine")  # a replica's working directory is another
     assert (deployment.num_replicas, deployment.ray_actor_options["num_cpus"]) == (2, 3)
+    held = sum(size["bytes"] for name in ("student", "index") for size in check(run / name).files.values())
+    assert deployment.ray_actor_options["memory"] == 700_000_000 + held + 500 * sum(check(run / "store").rows.values())
     assert config.max_ongoing_requests > 2 * 8 + 4  # what is too much, the replica refuses itself
     with pytest.raises(ConfigError, match=r"max_bach: there is no such key; did you mean max_batch\?"):
         build_app({"run": "x", "max_bach": 3})

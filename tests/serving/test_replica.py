@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from making.serving_local import Replica, close_to, named, replica, rows_of, sco
 from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray import __version__
+from retrikt_ray.knowledge.actors import MissingShards
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.task.texts import Text
 
@@ -290,3 +293,53 @@ def test_info(single: Replica, predictor: Predictor) -> None:
     info = single.get("/info").json()
     assert info == predictor.info() | {"refused": None, "version": __version__, "limits": LIMITS | {"deadline_s": 10}}
     assert info["store"] == {"rows": 12, "version": 0}
+
+
+# whether it answers
+
+
+def test_a_replica_is_well_while_it_answers(run: str) -> None:
+    with replica(run, deadline_s=0.3) as one:
+        unlike = one.endpoint.metrics.unlike._value.get()
+        one.loop.run(one.endpoint.answers())
+        assert one.endpoint.metrics.unlike._value.get() == unlike  # the question is no drift
+        free = threading.Event()
+        one.endpoint.opened.worker.submit(free.wait)
+        try:
+            with pytest.raises(TimeoutError):
+                one.loop.run(one.endpoint.answers())
+        finally:
+            free.set()
+        one.loop.run(one.endpoint.answers())
+
+
+def test_a_damaged_run_is_not_the_replicas_fault(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with replica(str(folder)) as one:
+        one.endpoint.predictor.knowledge.add({"text": "one more", "label": "negative"})
+        path = tmp_path / "run" / "knowledge" / "manifest.json"
+        path.write_bytes(path.read_bytes()[:-3] + b"???")
+        assert one.post("predict", {"inputs": "a film"}).status_code >= 500
+        one.loop.run(one.endpoint.answers())
+
+
+def test_missing_shards_are_told(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with replica(run) as one:
+        searcher = one.predictor.knowledge.view.base.searcher
+        plain = searcher.search
+
+        def short(*asked: Any) -> Any:
+            searcher.missing = 2
+            return plain(*asked)
+
+        def refused(*asked: Any) -> Any:
+            raise MissingShards("1 of 3 actors that hold shards have not answered in 1 s")
+
+        whole = one.post("predict", {"inputs": "a film"})
+        assert "x-knowledge-missing" not in whole.headers
+        monkeypatch.setattr(searcher, "search", short)
+        assert one.post("predict", {"inputs": "a film"}).headers["x-knowledge-missing"] == "2"
+        monkeypatch.setattr(searcher, "search", refused)
+        answer = one.post("predict", {"inputs": "a film"})
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+        assert answer.json()["error"] == "1 of 3 actors that hold shards have not answered in 1 s"

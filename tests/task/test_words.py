@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from retrikt_ray.export import standalone
-from retrikt_ray.index.lexical import counted
 from retrikt_ray.index.ngrams import MARKED
+from retrikt_ray.index.words.postings import counted
 from retrikt_ray.task.words import UNSPACED, WORD, bigrams, distinct, ngrams, self_bleu, words
 
 

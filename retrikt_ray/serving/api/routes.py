@@ -196,8 +196,9 @@ class Json(JSONResponse):
 
 
 def answered(answers: Answers, many: bool) -> Response:
-    """A list for a list, one answer for one text; with the version that it is from."""
-    return Json(answers.items if many else answers.items[0], headers={"X-Knowledge-Version": answers.version})
+    """A list for a list, one answer for one text; with the version that it is from, and how many actors' shards it does without."""
+    headers = {"X-Knowledge-Version": answers.version} | ({"X-Knowledge-Missing": str(answers.missing)} if answers.missing else {})
+    return Json(answers.items if many else answers.items[0], headers=headers)
 
 
 def versioned(answer: dict[str, Any]) -> Response:
@@ -251,6 +252,6 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
             allow_origins=endpoint.args.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type", "if-match", "x-request-id"],
-            expose_headers=["etag", "x-knowledge-version", "x-request-id", "retry-after"],
+            expose_headers=["etag", "x-knowledge-version", "x-knowledge-missing", "x-request-id", "retry-after"],
         )
     return app
