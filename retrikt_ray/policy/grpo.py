@@ -13,6 +13,7 @@ import copy
 import random
 import tempfile
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ Scores = tuple[Tensor, Tensor]  # log p and entropy of each token of the texts, 
 def score(agent: Agent, prefix: Prefix, rows: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Scores:
     """rows: (B,) into the prefix; input_ids, attention_mask: (B, 1 + T), a condition's number and then the text."""
     return lm.score_tokens(agent.base, prefix, rows, input_ids[:, 1:], attention_mask[:, 1:], agent.sampling.temperature)[:2]
+
+
+def reference_scores(agent: Agent, input_ids: Tensor, attention_mask: Tensor) -> Scores:
+    """Those under the supervised prompt."""
+    return score(agent, agent.reference, input_ids[:, 0], input_ids, attention_mask)
 
 
 class PromptedLM(nn.Module):
@@ -58,7 +64,7 @@ class PromptedLM(nn.Module):
 class HeldRate(LRScheduler):
     """Leaves the learning rate as the session sets it."""
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -103,11 +109,13 @@ def update(
     micro = lm.micro_batches(agent.base, list(range(each)), [agent.max_tokens] * each, agent.reference.mask.shape[1], gradients=True)
     size = divisor(each, len(micro[0]))
     tokenizer = copy.deepcopy(agent.base.tokenizer)  # TRL writes into it
-    tokenizer.pad_token = tokenizer.pad_token or agent.base.tokenizer.convert_ids_to_tokens(agent.base.eos)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.convert_ids_to_tokens(agent.base.eos)
+    model: Any = PromptedLM(agent, tokenizer)  # TRL's types ask for more than it uses
+    scheduler: Any = HeldRate(session.optimizer)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
         trainer = Trainer(
-            PromptedLM(agent, tokenizer),
+            model,
             lambda reward, **_: reward,
             GRPOConfig(
                 folder,
@@ -132,12 +140,12 @@ def update(
             ),
             Dataset.from_dict({"prompt": [str(number) for number in range(len(rewards) // group)]}),
             processing_class=tokenizer,
-            optimizers=(session.optimizer, HeldRate(session.optimizer)),
+            optimizers=(session.optimizer, scheduler),
             rollout_func=rollout,
         )
         trainer.remove_callback(PrinterCallback)
         if kl_weight:  # not by GRPOConfig.beta, for which TRL would load the base once more
-            trainer.beta = kl_weight
-            trainer.ref_model = lambda ids, mask: score(agent, agent.reference, ids[:, 0], ids, mask)
+            reference: Any = partial(reference_scores, agent)
+            trainer.beta, trainer.ref_model = kl_weight, reference
         trainer.train()
     session.optimizer.zero_grad(set_to_none=True)
