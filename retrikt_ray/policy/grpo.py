@@ -113,7 +113,8 @@ def update(
     model: Any = PromptedLM(agent, tokenizer)  # TRL's types ask for more than it uses
     scheduler: Any = HeldRate(session.optimizer)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
+        for known in ("You are using 'rollout_func'", "`gradient_checkpointing` is deprecated"):  # of TRL and Transformers
+            warnings.filterwarnings("ignore", message=known)
         trainer = Trainer(
             model,
             lambda reward, **_: reward,

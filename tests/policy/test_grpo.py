@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.teacher import lm, prompts
 from retrikt_ray.teacher.prefix import run_prefix
+
+pytestmark = pytest.mark.usefixtures("frozen")
 
 ASKED = [1] * 4 + [0] * 4
 REWARDS = np.array([1.0, 2.0, 4.0, 1.0, -3.0, 0.5, 0.5, 0.0])
@@ -60,12 +63,13 @@ def test_an_update_follows_the_gradient_of_the_formula(start, monkeypatch: pytes
 
 def test_every_update_is_made_at_the_rate_of_the_session(start) -> None:
     agent, session = start(config(steps=4, learning_rate=0.02))
-    session.set_rate(2)
     rates: list[float] = []
     session.optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     generated = loop.generate(agent, torch.tensor(ASKED), list(range(8)))
-    grpo.update(agent, session, generated, REWARDS, 2, group=4, minibatch=4, epochs=3, clip=0.2, kl_weight=0.0)
-    assert rates == [pytest.approx(0.02 * 2 / 3)] * 6  # two minibatches, three passes
+    for step in (1, 2):
+        session.set_rate(step)
+        grpo.update(agent, session, generated, REWARDS, step, group=4, minibatch=4, epochs=3, clip=0.2, kl_weight=0.0)
+    assert rates == pytest.approx([0.02] * 6 + [0.02 * 2 / 3] * 6)  # two minibatches, three passes
 
 
 def test_equal_rewards_in_a_group_teach_nothing(start) -> None:
@@ -85,7 +89,8 @@ def test_it_leaves_the_base_alone_and_says_nothing(start, capfd: pytest.CaptureF
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings, pad = model.config.to_dict(), tokenizer.pad_token
     capfd.readouterr()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("error")
         reinforce.train(config(), agent, ScriptedRewards([0.0, 1.0]), session)
     assert capfd.readouterr() == ("", "") and not caplog.records
     assert not model.training and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

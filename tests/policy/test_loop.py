@@ -307,6 +307,7 @@ def test_watch_counts_texts_that_end(start, monkeypatch: pytest.MonkeyPatch) -> 
 ALGORITHMS = ("rloo", "ppo", "grpo")
 
 
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_toy_problem_is_solved_and_with_a_broken_sign_it_is_not(start, algorithm: str, sign: float) -> None:
