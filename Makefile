@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-harvest bench-reinforce bench-algorithms bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-algorithms bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes clean
 
 help: ## This list
@@ -77,6 +77,9 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 
 bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
+
+bench-arms: install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
+	$(BIN)/python -m jobs.bench jobs/bench_arms.yaml --out runs/bench-arms $(BENCH)
 
 bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN
 	$(BIN)/python -m jobs.bench_harvest $(RUN)
