@@ -32,9 +32,9 @@ def taught(seed: int) -> pipeline.Run:
 def reinforced(seed: int, algorithm: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first and the last look of an algorithm at its held-out texts."""
     place = f"{OUT}/{seed}/{algorithm}"
+    run = pipeline.open_run(place, config.load(None, [f"seed={seed}", f"reinforce.algorithm={algorithm}", *KEYS]))
     for name in ("task", "teacher"):
         shutil.copytree(f"{OUT}/{seed}/taught/{name}", f"{place}/{name}", dirs_exist_ok=True)
-    run = pipeline.open_run(place, config.load(None, [f"seed={seed}", f"reinforce.algorithm={algorithm}", *KEYS]))
     pipeline.run_all(run, only="reinforce")
     policy = run.artifact("policy")
     looks = policy.read_json("curves.json")["watch"]

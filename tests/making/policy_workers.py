@@ -39,12 +39,8 @@ class Team(training.Solo):
 
 
 def work(rank: int, world: int, folder: Path, lm: str, algorithm: str) -> None:
-    # Nine texts in minibatches of four: 2, 3 and 5 workers have unequal shares of both. Seven held-out ones. TRL shuffles the texts of each worker, so that
-    # its minibatches are others on each number of workers, unless there is only one.
-    minibatch = 9 if algorithm == "grpo" else 4
-    c = ReinforceConfig(
-        algorithm=algorithm, steps=2, texts=9, minibatch=minibatch, epochs=2, watch_every=1, watch_texts=7, learning_rate=0.02
-    )
+    # Nine texts in minibatches of four: 2, 3 and 5 workers have unequal shares of both. Seven held-out ones.
+    c = ReinforceConfig(algorithm=algorithm, steps=2, texts=9, minibatch=4, epochs=2, watch_every=1, watch_texts=7, learning_rate=0.02)
     root, task, base = Folder.at(folder), make_task(), Base.load(lm)
     prompt = prompts.load_prompts(root / "teacher")
     agent = Agent(base, prompt, task.prefixes, MAX_TOKENS, task.lines, SEED, Sampling(c.temperature, c.top_k), c.algorithm)
@@ -65,11 +61,6 @@ def main(folder: Path, lm: str, algorithm: str, worlds: list[int]) -> None:
             if children[-1] == 0:
                 if world > 1:
                     place = f"file://{folder}/group-{algorithm}-{world}"
-                    os.environ |= {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(world),
-                    }  # as Ray Train does; TRL reads them
                     dist.init_process_group("gloo", place, rank=rank, world_size=world, timeout=timedelta(seconds=120))
                 work(rank, world, folder, lm, algorithm)
                 os._exit(0)

@@ -1,4 +1,4 @@
-"""GRPO by TRL, on a tiny LM: what TRL makes of the texts and rewards that it is handed. (The loop around it: test_reinforce, test_loop, test_workers.)"""
+"""GRPO by TRL, on a tiny LM: what TRL makes of the texts and rewards that it is handed. (The loop around it: test_reinforce, test_loop.)"""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from making.policy_run import SEED, ScriptedRewards
+from making.policy_run import SEED, ScriptedRewards, make_task
 from torch.testing import assert_close
 
+from retrikt_ray import pipeline
 from retrikt_ray.policy import grpo, loop, reinforce
 from retrikt_ray.policy.reinforce import ReinforceConfig
+from retrikt_ray.policy.reward_model import RewardModel
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.teacher import lm, prompts
+from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.prefix import run_prefix
 
 pytestmark = pytest.mark.usefixtures("frozen")
@@ -99,24 +104,28 @@ def test_it_leaves_the_base_alone_and_says_nothing(start, capfd: pytest.CaptureF
     assert torch.equal(prompt[0, :2], prompt[1, :2]) and not torch.equal(prompt, agent.reference.embeds[:, :4])
 
 
-def test_without_trl_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_trl_the_extra_is_named_before_anything_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     ReinforceConfig().check_packages()
-    with pytest.raises(ConfigError, match=r"reinforce\.algorithm: grpo needs the package trl.*pip install 'retrikt-ray\[trl\]'"):
-        config().check_packages()
+    run: Any = SimpleNamespace(config=SimpleNamespace(reinforce=config()))
+    for begin in (lambda: pipeline.preflight(run), lambda: reinforce.reinforce(config(), {}, {}, seed=0)):
+        with pytest.raises(ConfigError, match=r"reinforce\.algorithm: grpo needs the package trl.*pip install 'retrikt-ray\[trl\]'"):
+            begin()
 
 
-def test_two_workers_of_ray_train(cluster, root: Folder, tmp_path: Path) -> None:
-    """A minibatch is all texts, so that it does not matter which of them a worker has."""
-    made = []
-    for workers in (1, 2):
-        out = {name: Folder.at(tmp_path / str(workers) / name) for name in ("policy", "scratch")}
-        c = config(steps=2, workers=workers, cpus_per_worker=1, watch_every=1)
-        figures = reinforce.reinforce(c, {"task": root / "task", "teacher": root / "teacher"}, out, seed=SEED)
-        assert figures["best_step"].endswith(" of 2")
-        made.append((out["policy"].read_json("curves.json"), prompts.load_prompts(out["policy"])))
-    (one, _), (two, _) = made
-    assert one["curve"][1]["kl"] > 0
-    for name in ("curve", "watch"):
-        for mine, theirs in zip(one[name], two[name], strict=True):
-            assert theirs == pytest.approx(mine, abs=2e-4)
+def test_two_workers_of_ray_train_do_what_one_does(cluster, start, base: lm.Base, root: Folder, tmp_path: Path) -> None:
+    """A minibatch is all texts here, so that it does not matter which of them a worker has."""
+    c = config(steps=2, workers=2, cpus_per_worker=1)
+    agent, session = start(c)
+    rows = (root / "task").read_table("train.parquet")
+    one = reinforce.train(c, agent, RewardModel(base, Annotator.load(root / "teacher"), make_task(), rows, c.weights, {}), session)
+    assert one.curve[1]["kl"] > 0
+
+    out = {name: Folder.at(tmp_path / name) for name in ("policy", "scratch")}
+    reinforce.reinforce(c, {"task": root / "task", "teacher": root / "teacher"}, out, seed=SEED)
+    two = out["policy"].read_json("curves.json")
+    for mine, theirs in ((one.curve, two["curve"]), (one.watch, two["watch"])):
+        assert len(mine) == len(theirs) == 2
+        for figures, others in zip(mine, theirs, strict=True):
+            assert others == pytest.approx(figures, abs=2e-4)
+    assert_close(prompts.load_prompts(out["policy"]), agent.best, rtol=0, atol=1e-5)

@@ -17,7 +17,7 @@ from retrikt_ray.runtime.folders import Folder
 SCRIPT = Path(__file__).resolve().parents[1] / "making" / "policy_workers.py"
 
 
-@pytest.mark.parametrize(("algorithm", "worlds"), [("rloo", (1, 2, 3, 5)), ("ppo", (1, 3)), ("grpo", (1, 3))])
+@pytest.mark.parametrize(("algorithm", "worlds"), [("rloo", (1, 2, 3, 5)), ("ppo", (1, 3))])
 def test_any_number_of_workers_gives_the_same_curves(algorithm: str, worlds: tuple[int, ...], tiny_lm: str, tmp_path: Path) -> None:
     make_teacher(Folder.at(tmp_path), tiny_lm)
     command = [sys.executable, str(SCRIPT), str(tmp_path), tiny_lm, algorithm, *map(str, worlds)]
