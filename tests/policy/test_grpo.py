@@ -114,8 +114,8 @@ def test_without_trl_the_extra_is_named_before_anything_is_done(monkeypatch: pyt
 
 
 def test_two_workers_of_ray_train_do_what_one_does(cluster, start, base: lm.Base, root: Folder, tmp_path: Path) -> None:
-    """A minibatch is all texts here, so that it does not matter which of them a worker has."""
-    c = config(steps=2, workers=2, cpus_per_worker=1)
+    """Three are asked for, of which two get equal shares of eight texts. A minibatch is all texts, so that it does not matter which of them a worker has."""
+    c = config(steps=2, workers=3, cpus_per_worker=1)
     agent, session = start(c)
     rows = (root / "task").read_table("train.parquet")
     one = reinforce.train(c, agent, RewardModel(base, Annotator.load(root / "teacher"), make_task(), rows, c.weights, {}), session)
