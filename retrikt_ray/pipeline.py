@@ -283,6 +283,7 @@ def preflight(run: Run) -> None:
     from retrikt_ray.runtime.cluster import plan
     from retrikt_ray.runtime.settings import Scaled
 
+    run.config.reinforce.check_packages()
     if run.config.prepare.corpus:
         files_of(run.config.prepare.corpus)  # raises where there is none
         if Task.read(run.artifact("task")).pair:
