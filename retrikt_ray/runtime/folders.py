@@ -113,8 +113,8 @@ class Folder:
     def stamps(self) -> dict[str, list[Any]]:
         """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
         fs, path = self.place()
-        root = len(path.rstrip("/")) + 1
-        return {name[root:]: stamp(info) for name, info in fs.find(path, detail=True).items() if ".tmp-" not in name[root:]}
+        root = len(path.rstrip("/")) + 1  # the folder itself is among them where its first file comes just now
+        return {n[root:]: stamp(info) for n, info in fs.find(path, detail=True).items() if n[root:] and ".tmp-" not in n[root:]}
 
     def stamp(self, name: str) -> list[Any] | None:
         """The same of one file; None where it is not there."""

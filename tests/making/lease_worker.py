@@ -147,7 +147,7 @@ if __name__ == "__main__":
     import torch
 
     from retrikt_ray.index.learning import of_texts
-    from retrikt_ray.index.lexical import counted
+    from retrikt_ray.index.words.postings import counted
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

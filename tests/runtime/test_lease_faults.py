@@ -73,10 +73,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
         s3fs.S3FileSystem.clear_instance_cache()  # clients of another server
         worker = [sys.executable, str(HERE / "making" / "lease_worker.py")]
         forker = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV | settings)
-        assert forker.stdin is not None
         yield Drill(forker, root / "journal", root)
-        forker.stdin.close()
-        forker.wait(timeout=30)
+        forker.kill()
+        forker.communicate()
         s3fs.S3FileSystem.clear_instance_cache()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
