@@ -7,8 +7,8 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
-  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes clean
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-algorithms bench-lexical bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -103,6 +103,9 @@ bench-estimate: install ## `retrikt estimate` of three configs, and what their r
 bench-reinforce: install ## Peak memory of an iteration of reinforcement beside plain generation, vocabulary of 152k
 	$(BIN)/python -m jobs.bench_reinforce
 
+bench-algorithms: install-dev ## Supervised prompt, PPO, RLOO and GRPO at equal numbers of texts, on the quick start's prompt
+	$(BIN)/python -m jobs.bench_algorithms
+
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
 
@@ -133,6 +136,9 @@ drill-autoscale: install-dev ## A run on a cluster that autoscales, from no work
 
 drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
 	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
+
+drill-leases: install-dev ## Two drivers of a run on S3, and two editors of its store, killed or paused at random, 50 rounds each: nothing lost, nothing sealed twice
+	$(BIN)/python -m pytest -m bench -s tests/runtime/test_lease_faults.py
 
 bench-serve: install ## `retrikt serve` of RUN beside a bare Serve ingress, and beside plain uvicorn: requests/s, latency
 	$(BIN)/python -m jobs.bench_serve $(RUN)

@@ -20,6 +20,8 @@ from retrikt_ray.config import RunConfig, load, parse
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import Manifest, read_manifest
 from retrikt_ray.runtime.folders import ArtifactError, Folder, digest
+from retrikt_ray.runtime.leases.hold import FILES, RUN, hold
+from retrikt_ray.runtime.leases.lease import Right
 from retrikt_ray.runtime.progress import console
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.card import Task
@@ -148,22 +150,28 @@ class Run:
 def open_run(out: str, config: RunConfig) -> Run:
     """Take a directory for a run of this config. Raises ConfigError when it holds a run of another task or seed, or is not writable."""
     folder = Folder.at(out)
+    if not folder.exists("config.yaml") and (found := set(folder.files()) - FILES) and "config.yaml" not in found:  # written meanwhile
+        raise ConfigError(f"{folder} is not a run directory: it has files but no config.yaml; choose another --out")
+    try:
+        with hold(folder, RUN):
+            write_config(folder, config)
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run directory {folder}: {error.strerror or error}") from None
+    return Run(folder, config)
+
+
+def write_config(folder: Folder, config: RunConfig) -> None:
+    """Leave the config in a run directory that is held. Raises ConfigError when a run of another task or seed is there."""
     if folder.exists("config.yaml"):
         theirs = load_config(folder)
+        if theirs == config:
+            return
         begun = read_manifest(folder / "task") is not None  # before, there is nothing to lose
         old, new = ({"seed": c.seed, **c.prepare.fingerprint_view()} for c in (theirs, config))
         if begun and old != new:
             changed = ", ".join(f"{k} was {old[k]!r}, now {new[k]!r}" for k in old if old[k] != new[k])
             raise ConfigError(f"{folder} holds a run of another task ({changed}); choose another --out, or remove the folder")
-    elif folder.exists() and folder.files():
-        raise ConfigError(f"{folder} is not a run directory: it has files but no config.yaml; choose another --out")
-    try:
-        folder.write_json(".writable", {})
-        folder.remove(".writable")
-        folder.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
-    except OSError as error:
-        raise ConfigError(f"cannot write to the run directory {folder}: {error.strerror or error}") from None
-    return Run(folder, config)
+    folder.write_bytes("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode())
 
 
 def run(config: RunConfig | str | os.PathLike[str] | None, out: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
@@ -171,12 +179,9 @@ def run(config: RunConfig | str | os.PathLike[str] | None, out: str | os.PathLik
 
     config: a RunConfig, the path of a YAML file, or None for the packaged quick start; overrides: "section.key=value", over a file.
     """
-    if isinstance(config, RunConfig):
-        if overrides:
-            raise ConfigError(f"overrides go with a config file; found a RunConfig and {' '.join(overrides)}")
-        settings = config
-    else:
-        settings = load(None if config is None else os.fspath(config), overrides)
+    if isinstance(config, RunConfig) and overrides:
+        raise ConfigError(f"overrides go with a config file; found a RunConfig and {' '.join(overrides)}")
+    settings = config if isinstance(config, RunConfig) else load(None if config is None else os.fspath(config), overrides)
     opened = open_run(os.fspath(out), settings)
     run_all(opened)
     return opened
@@ -194,26 +199,28 @@ def load_run(uri: str) -> Run:
     return Run(folder, load_config(folder))
 
 
-def check_inputs(run: Run, stage: Stage) -> None:
-    """Compare every input with its manifest, SHA-256 included, before anything is made from it."""
+def check_inputs(run: Run, stage: Stage) -> dict[str, str]:
+    """Compare every input with its manifest, SHA-256 included, before anything is made from it. Their contents by name."""
+    contents = {}
     for name in run.inputs(stage):
         made_by = MADE_BY[name].name
         if read_manifest(run.artifact(name)) is None:
             raise ConfigError(f"{stage.name} needs {run.artifact(name)}, which is not complete; run `retrikt {made_by} {run.folder}` first")
         try:
-            artifacts.check(run.artifact(name), deep=True)
+            contents[name] = artifacts.check(run.artifact(name), deep=True).content
         except ArtifactError as error:
             raise ArtifactError(f"{error}. Remove {run.artifact(name)} and run again: {made_by} and what hangs on it are redone") from None
+    return contents
 
 
-def run_stage(run: Run, stage: Stage) -> Manifest:
-    """Run one stage from its inputs to sealed outputs."""
-    check_inputs(run, stage)
+def run_stage(run: Run, stage: Stage, right: Right) -> Manifest:
+    """Run one stage from its inputs to sealed outputs. right: to write below the run directory."""
+    contents = check_inputs(run, stage)
     fingerprint = run.fingerprint(stage)
     assert fingerprint is not None
     outputs = {name: run.artifact(name) for name in stage.outputs}
     for folder in outputs.values():
-        artifacts.open_draft(folder, fingerprint)
+        artifacts.open_draft(folder, fingerprint, right)
     # Checkpoints of training live beside the artifacts, under the fingerprint, so that another config never resumes from them.
     scratch = run.folder / f".scratch/{stage.name}-{fingerprint[:12]}"
     started = time.time()
@@ -222,25 +229,22 @@ def run_stage(run: Run, stage: Stage) -> Manifest:
     inputs = {name: run.artifact(name) for name in run.inputs(stage)}
     corpus = {"corpus": Folder.at(run.config.prepare.corpus)} if stage.name == "harvest" and run.config.prepare.corpus else {}
     summary = work(section, inputs | corpus, outputs | {"scratch": scratch}, seed=run.config.seed)
-    manifest: Manifest | None = None
-    for name in reversed(stage.outputs):
-        manifest = artifacts.seal(
+    sealed = [
+        artifacts.seal(
             outputs[name],
             stage=stage.name,
             fingerprint=fingerprint,
             config=section.fingerprint_view(),
-            inputs={n: (read_manifest(f) or _gone(f)).content for n, f in inputs.items()},
+            inputs=contents,
             seed=run.config.seed,
             started=started,
             summary=summary,
+            right=right,
         )
+        for name in reversed(stage.outputs)
+    ]
     scratch.remove()
-    assert manifest is not None
-    return manifest
-
-
-def _gone(folder: Folder) -> Manifest:
-    raise ArtifactError(f"{folder} disappeared while the stage ran")
+    return sealed[-1]
 
 
 def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
@@ -248,13 +252,12 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
     from retrikt_ray.runtime import cluster
 
     connected = False
-    with artifacts.locked(run.folder):
-        for stage in STAGES:
+    with hold(run.folder, RUN) as right:
+        write_config(run.folder, run.config)
+        if only and BY_NAME[only] not in run.stages:
+            console.print(f"[dim]{only:<10} nothing to do: prepare.corpus is not set[/dim]")
+        for stage in run.stages:
             if only and stage.name != only:
-                continue
-            if stage not in run.stages:
-                if only:
-                    console.print(f"[dim]{stage.name:<10} nothing to do: prepare.corpus is not set[/dim]")
                 continue
             if not (force and only) and run.status(stage) == "done":
                 for name in stage.outputs:
@@ -268,10 +271,10 @@ def run_all(run: Run, only: str | None = None, force: bool = False) -> None:
                 cluster.connect(run.log_file, run.config.cluster)
                 preflight(run)
                 connected = True
-            if force and only:
-                for name in stage.outputs:
-                    run.artifact(name).remove()
-            manifest = run_stage(run, stage)
+            for name in stage.outputs if force and only else ():
+                right.check()
+                run.artifact(name).remove()
+            manifest = run_stage(run, stage, right)
             console.print(f"[bold]{stage.name:<10}[/bold] {manifest.seconds:7.1f} s  {sentence(manifest.summary)}")
 
 
@@ -280,6 +283,7 @@ def preflight(run: Run) -> None:
     from retrikt_ray.runtime.cluster import plan
     from retrikt_ray.runtime.settings import Scaled
 
+    run.config.reinforce.check_packages()
     if run.config.prepare.corpus:
         files_of(run.config.prepare.corpus)  # raises where there is none
         if Task.read(run.artifact("task")).pair:

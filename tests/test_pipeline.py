@@ -197,7 +197,7 @@ def test_sigkill_in_distill_resumes_to_the_same_weights(run: pipeline.Run, tmp_p
     ("stage", "keep", "begun"),
     [
         ("teach", ("task",), ".scratch/teach-*/prompt/checkpoint*/state.json"),
-        ("reinforce", ("task", "teacher"), ".scratch/reinforce-*/ppo/checkpoint*/state.json"),
+        ("reinforce", ("task", "teacher"), ".scratch/reinforce-*/rloo/checkpoint*/state.json"),
         ("annotate", ("task", "teacher", "generated"), ".scratch/annotate-*/part-*.parquet"),
         ("index", ("task", "store", "student"), ".scratch/index-*/part-*.parquet"),
         ("evaluate", tuple(n for n in pipeline.MADE_BY if n not in ("harvested", "report")), "report/draft.json"),
@@ -212,6 +212,19 @@ def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: s
         assert {n: s["score"] for n, s in scores[0].items()} == {n: s["score"] for n, s in scores[1].items()}
     else:
         assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
+
+
+@pytest.mark.slow
+def test_sigkill_in_reinforcement_by_trl_resumes_to_the_same_prompt(run: pipeline.Run, tmp_path: Path) -> None:
+    keys = {"algorithm": "grpo", "steps": 6}
+    settings = run.config.model_copy(update={"reinforce": run.config.reinforce.model_copy(update=keys)})
+    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
+    for other in (whole, killed):
+        pipeline.open_run(other.folder.uri, settings)
+    pipeline.run_all(pipeline.load_run(whole.folder.uri), only="reinforce")
+    kill_and_resume(Path(killed.folder.uri), "reinforce", ".scratch/reinforce-*/grpo/checkpoint*/state.json")
+    made = artifacts.check(killed.artifact("policy"), deep=True)
+    assert made.content == artifacts.check(whole.artifact("policy")).content
 
 
 @pytest.mark.slow

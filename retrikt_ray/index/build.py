@@ -64,7 +64,7 @@ def sampled(source: Source, vectors: Vectors, wanted: np.ndarray) -> np.ndarray:
     for name, group, first, rows in source.groups:
         low, high = np.searchsorted(wanted, (first, first + rows))
         if low < high:
-            with source.folder.parquet(name) as file:
+            with source.parquet(name) as file:
                 table = file.read_row_group(group, columns=list(vectors.columns))
             found.append(vectors.of(table.take(pa.array(wanted[low:high] - first))))
     return np.concatenate(found) if found else np.zeros((0, vectors.width), np.float32)

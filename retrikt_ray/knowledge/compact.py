@@ -18,12 +18,12 @@ from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import edited
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.vectors import validation_vectors
-from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, read_log, sweep, writing
+from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, sweep, tagged_log, writing
 from retrikt_ray.knowledge.view import labelled
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers, each
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, sealed
 from retrikt_ray.runtime.tables import Source
 from retrikt_ray.task.texts import TEXT_COLUMNS
 
@@ -36,9 +36,9 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
     1. Check what is there.  2. The live rows.  3. Their index.  4. From the old base to the new one, at once.
     """
     folder = run / "knowledge"
-    with writing(run):
+    with writing(run) as right:
         # 1. check
-        log = read_log(folder)
+        log, tag = tagged_log(folder, right)
         student = check(run / "student", deep=True).content
         if log is None:
             return None
@@ -47,11 +47,11 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         configs = [check(f / "index").config for f in (run, where)]  # the run's own index may have been made anew
         if not log.edits and log.contents["student"] == student and configs[0] == configs[1]:
             return None
-        sweep(folder, log)
+        sweep(folder, log, right)
         seal = check(where / "store", deep=True)
         if seal.content != log.contents["store"]:
             raise ArtifactError(f"{where}/store is not the store that {folder}/{MANIFEST} names")
-        base = folder / f"base-{log.version + 1:06d}"
+        base = folder / f"base-{log.version + 1:06d}{right.mark}"
         config = IndexConfig(**configs[0])
         more: Any = {"stage": "compact", "fingerprint": f"{log.contents['store'][:16]}+{log.version}", "seed": seal.seed}
 
@@ -70,8 +70,8 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         # 4. at once
         contents = {"student": student, "store": stored, "index": indexed}
         after = Log(log.version + 1, base.uri.rsplit("/", 1)[1], contents, log.origin, previous=log.base)
-        folder.write_sealed(MANIFEST, asdict(after))
-        sweep(folder, after)
+        right.write(folder, MANIFEST, sealed(asdict(after)), tag)
+        sweep(folder, after, right)
         return after
 
 

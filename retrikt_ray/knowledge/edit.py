@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrikt_ray.index.vectors import StudentVectors
-from retrikt_ray.knowledge.log import Log, append, edit_schema, read_edit, read_log, sweep
+from retrikt_ray.knowledge.log import Log, append, edit_schema, read_edit, read_log, sweep, tagged_log
 from retrikt_ray.knowledge.view import View
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, sealed
+from retrikt_ray.runtime.leases.lease import LeaseLost, Right
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import TEXT_COLUMNS
 
@@ -102,8 +103,8 @@ def table(view: View, run: Folder, student: str, threads: int, fresh: list[dict[
     return pa.Table.from_pylist([{name: r.get(name) for name in schema.names} for r in records], schema=schema)
 
 
-def write(view: View, run: Folder, student: str, threads: int, fresh: list[dict[str, Any]], gone: list[int]) -> Log:
-    """Log rows and deletions over a view. Under `writing`, the view being of the log as it is now.
+def write(view: View, run: Folder, student: str, threads: int, fresh: list[dict[str, Any]], gone: list[int], right: Right) -> Log:
+    """Log rows and deletions over a view. right: from `writing`, under which the view was read. Raises LeaseLost where it is not of the log any more.
 
     1. The edit, in memory.  2. Write it.
     """
@@ -112,10 +113,15 @@ def write(view: View, run: Folder, student: str, threads: int, fresh: list[dict[
     log = view.log or Log(0, None, view.base.contents, view.base.contents["store"])
     rows = table(view, run, student, threads, fresh, gone)
     # 2. write
+    found, tag = tagged_log(folder, right)
+    if found != view.log:
+        raise LeaseLost(
+            f"{folder}/{MANIFEST} was changed by another process while this edit was made, and the edit is not written; run it again"
+        )
     if view.log is None:
-        folder.write_sealed(MANIFEST, asdict(log))  # from now on a folder without manifest is a damaged one
-    sweep(folder, log)
-    return append(folder, log, rows)
+        tag = right.write(folder, MANIFEST, sealed(asdict(log)), tag)  # from now on a folder without manifest is a damaged one
+    sweep(folder, log, right)
+    return append(folder, log, rows, right, tag)
 
 
 def added_rows(run: Folder) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from retrikt_ray.knowledge.view import View
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.leases.lease import Right
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.card import Task
 
@@ -139,9 +140,9 @@ class Knowledge:
         fresh = checked(edit.listed(rows), self.task)
         if not fresh:
             raise ConfigError("no rows to add")
-        with self.editing():
+        with self.editing() as right:
             edit.refuse_known(self.view, fresh, self.editable())
-            self.write(fresh, [])
+            self.write(fresh, [], right)
         return [str(r["id"]) for r in fresh]
 
     def put(self, rows: Any, version: int | None = None) -> edit.Change:
@@ -149,9 +150,9 @@ class Knowledge:
         fresh = checked(edit.listed(rows), self.task)
         if not fresh:
             raise ConfigError("no rows to put")
-        with self.editing(version):
+        with self.editing(version) as right:
             change = edit.replacement(self.view, fresh)
-            self.write(fresh, change.positions)
+            self.write(fresh, change.positions, right)
             return change.at(self.view.version)
 
     def update(self, rows: Any) -> list[str]:
@@ -162,10 +163,10 @@ class Knowledge:
                 raise ConfigError(f"row {i + 1}: found no id; update takes rows with the id of what they change")
         if not rows:
             raise ConfigError("no rows to update")
-        with self.editing():
+        with self.editing() as right:
             positions = edit.positions_of(self.view, [r["id"] for r in rows], self.editable())
             fresh = checked(rows, self.task, [self.view.row(p) for p in positions])
-            self.write(fresh, positions)
+            self.write(fresh, positions, right)
         return [str(r["id"]) for r in fresh]
 
     def delete(self, ids: str | list[str], version: int | None = None) -> edit.Change:
@@ -173,12 +174,12 @@ class Knowledge:
         ids = [ids] if isinstance(ids, str) else ids
         if not ids:
             raise ConfigError("no ids to delete")
-        with self.editing(version):
+        with self.editing(version) as right:
             positions = edit.positions_of(self.view, list(dict.fromkeys(ids)), self.editable())
             if len(positions) == self.count:
                 raise ConfigError(f"this would delete all {self.count} rows of {self.places.run}; a store keeps one at least")
             change = edit.removal(self.view, positions)
-            self.write([], positions)
+            self.write([], positions, right)
             return change.at(self.view.version)
 
     def preview(self, rows: Any, ids: list[str]) -> tuple[View, View]:
@@ -199,13 +200,13 @@ class Knowledge:
         return after is not None
 
     @contextmanager
-    def editing(self, version: int | None = None) -> Iterator[None]:
+    def editing(self, version: int | None = None) -> Iterator[Right]:
         """Hold the right to edit, with the view being the newest. Raises VersionError where that is not of the version."""
-        with writing(self.editable()):
+        with writing(self.editable()) as right:
             self.refresh(at_once=True)
             if version is not None and version != self.view.version:
                 raise VersionError(f"the knowledge is of version {self.view.version}, the edit was made for {version}")
-            yield
+            yield right
 
     def editable(self) -> Folder:
         """The run directory. Raises ConfigError where this knowledge was opened without its edits."""
@@ -213,7 +214,7 @@ class Knowledge:
             raise ConfigError("this knowledge was opened as the run made it: open it with its edits to change it")
         return self.places.run
 
-    def write(self, fresh: list[dict[str, Any]], gone: list[int]) -> None:
-        """Log rows and deletions, and take over the result. Under `editing`."""
-        edit.write(self.view, self.editable(), self.student, self.threads, fresh, gone)
+    def write(self, fresh: list[dict[str, Any]], gone: list[int], right: Right) -> None:
+        """Log rows and deletions, and take over the result. right: from `editing`."""
+        edit.write(self.view, self.editable(), self.student, self.threads, fresh, gone, right)
         self.refresh(at_once=True)

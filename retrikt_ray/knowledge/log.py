@@ -5,13 +5,14 @@ names them with their SHA-256 and says which student, store and index they belon
 is replaced in one rename, after everything it names is on the disk. What no manifest names was left by a process that died, and goes with
 the next edit. Positions go on where the base ends and are never used twice; compaction writes a new base and empties the log.
 
-What was left out on purpose: merging the edits of two writers. On a local disk a lock keeps them apart (the kernel drops it with its holder);
-on an object store one writer at a time is the user's business.
+Two writers are kept apart by a lock or a lease (`runtime/leases`). A lease can end while its holder is at work, so on an object store files carry the
+name of their writer, the manifest is replaced only where it is the one that the edit was made over, and nothing is swept that a later edit may name.
+What was left out on purpose: merging the edits of two writers. One of them is refused.
 """
 
 from __future__ import annotations
 
-import time
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, sealed
+from retrikt_ray.runtime.leases.hold import KNOWLEDGE, hold
+from retrikt_ray.runtime.leases.lease import Right
 
 FOLD = 16  # edit files after which they become one
 WAIT_S = 120.0  # for another process's edit to end
@@ -57,17 +59,22 @@ def edit_schema(store: pa.Schema, width: int) -> pa.Schema:
 
 def read_log(folder: Folder) -> Log | None:
     """The log of `knowledge/`, or None where nothing is edited. Raises ArtifactError that names the file that is damaged."""
-    if not folder.exists(MANIFEST):
+    return tagged_log(folder, Right())[0]
+
+
+def tagged_log(folder: Folder, right: Right) -> tuple[Log | None, str | None]:
+    """The same under the right to write, and the tag to replace it with."""
+    data, tag = right.read(folder, MANIFEST)
+    if data is None:
         left = folder.files()
         if left:
             raise ArtifactError(f"{folder}/{MANIFEST} is missing, but {folder}/{left[0]} is there")
-        return None
-    data = folder.read_sealed(MANIFEST)
+        return None, None
     try:
-        log = Log(**data)
+        log = Log(**folder.unsealed(MANIFEST, data))
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
-    return log if log.base or log.edits else None  # a first edit that did not come to its end
+    return (log if log.base or log.edits else None), tag  # None: a first edit that did not come to its end
 
 
 def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
@@ -82,29 +89,37 @@ def read_edit(folder: Folder, edit: dict[str, Any]) -> pa.Table:
     return folder.read_table(name)
 
 
-def append(folder: Folder, log: Log, edit: pa.Table) -> Log:
-    """Write one more edit; when this returns, it is there to stay. Called under `writing`."""
+def append(folder: Folder, log: Log, edit: pa.Table, right: Right, tag: str | None) -> Log:
+    """Write one more edit; when this returns, it is there to stay. right: from `writing`; tag: of the manifest that `log` is.
+
+    Raises LeaseLost, and leaves the knowledge as it is, where somebody else edited it meanwhile.
+    """
     tables, edits = [edit], list(log.edits)
     if len(edits) >= FOLD:
         tables, edits = [*(read_edit(folder, e) for e in edits), edit], []
-    name = f"edit-{log.version + 1:06d}.parquet"
+    name = f"edit-{log.version + 1:06d}{right.mark}.parquet"
     table = pa.concat_tables(tables)
     folder.write_table(name, table)
     gone = int(np.count_nonzero(table["deleted"].to_numpy(zero_copy_only=False)))
     card = {"file": name, "sha256": folder.sha256(name), "bytes": folder.size(name), "added": table.num_rows - gone, "deleted": gone}
     after = replace(log, version=log.version + 1, edits=[*edits, card])
-    folder.write_sealed(MANIFEST, asdict(after))
+    right.write(folder, MANIFEST, sealed(asdict(after)), tag)
     return after
 
 
-def sweep(folder: Folder, log: Log) -> None:
-    """Remove what no manifest names: files of edits that were folded or compacted, or whose process died."""
+def sweep(folder: Folder, log: Log, right: Right) -> None:
+    """Remove what no manifest names: files of edits that were folded or compacted, or whose process died.
+
+    Under a lease, of edits up to this log's alone: the next one may be another writer's by now.
+    """
     keep = {MANIFEST, *(e["file"] for e in log.edits)}
     if folder.is_local and Path(folder.uri).is_dir():  # temporary files are no files of the folder, so `files` does not tell of them
         for path in Path(folder.uri).glob("*.tmp-*"):
             path.unlink()
     for name in {n.split("/")[0] for n in folder.files() if n not in keep}:
-        if name not in (log.base, log.previous):
+        number = re.match(r"(?:edit|base)-(\d+)", name)
+        later = bool(right.mark and number and int(number[1]) > log.version)
+        if name not in (log.base, log.previous) and not later:
             folder.remove(name)
 
 
@@ -123,21 +138,7 @@ def check_origin(run: Folder, log: Log) -> None:
 
 
 @contextmanager
-def writing(run: Folder) -> Iterator[None]:
-    """Hold the right to edit a run's knowledge. Raises ConfigError when another process holds it for too long."""
-    if not run.is_local:
-        yield
-        return
-    import fcntl
-
-    with open(Path(run.uri) / ".knowledge.lock", "w") as handle:
-        until = time.monotonic() + WAIT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise ConfigError(f"another process has been editing {run} for {WAIT_S:.0f} s; try again later") from None
-                time.sleep(0.05)
-        yield
+def writing(run: Folder) -> Iterator[Right]:
+    """Hold the right to edit a run's knowledge. Raises LeaseHeld when another process holds it for too long."""
+    with hold(run, KNOWLEDGE, WAIT_S) as right:
+        yield right

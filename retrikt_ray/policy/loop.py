@@ -111,15 +111,32 @@ def rollout_seed(seed: int, group: object, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{group}:{row}".encode()).digest()[:8], "big")
 
 
-def schedule(step: int, texts: int, conditions: int, seed: int) -> list[int]:
-    """The condition of each text of an iteration. All conditions come once before one comes again, each time in another order."""
+def schedule(step: int, texts: int, conditions: int, seed: int, group: int = 1) -> list[int]:
+    """The condition of each text of an iteration. All conditions come once before one comes again, each time in another order.
+
+    group: how many texts of a condition come one behind the other and count as one; divides `texts`.
+    """
     found = []
-    for place in range(step * texts, (step + 1) * texts):
+    for place in range(step * texts // group, (step + 1) * texts // group):
         turn, at = divmod(place, conditions)
         order = list(range(conditions))
         random.Random(f"{seed}:schedule:{turn}").shuffle(order)
-        found.append(order[at])
+        found += [order[at]] * group
     return found
+
+
+def divisor(count: int, most: int) -> int:
+    """The largest number up to `most` that divides `count`."""
+    return next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+
+
+def group_size(texts: int, conditions: int) -> int:
+    """Texts of a condition that are compared with each other (GRPO), equally many of each: those that there are in an iteration, but 4 where there are fewer.
+
+    What does not divide `texts` is taken less; of a prime number of texts all are one group.
+    """
+    size = divisor(texts, max(texts // conditions, 4))
+    return size if size > 1 else texts
 
 
 def roll_out(

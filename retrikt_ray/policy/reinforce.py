@@ -1,4 +1,4 @@
-"""Stage 3, reinforce: PPO or RLOO on the generation prompt, with the frozen base as policy, reference and critic at once.
+"""Stage 3, reinforce: PPO, RLOO or GRPO on the generation prompt, with the frozen base as policy, reference and critic at once.
 
 Policy and reference are the same base behind two prompts, the critic is a small head on its hidden states, and the annotator judges. Only
 prompt and head have gradients, so data parallelism moves a few kilobytes a step. A collapse ends the run early; what is kept is the best
@@ -8,6 +8,7 @@ prompt by the held-out texts, never just the last one.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from pydantic import Field
 from retrikt_ray.policy.rewards import RewardWeights, custom_term
 from retrikt_ray.runtime.cluster import plan
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.settings import Scaled
+from retrikt_ray.runtime.settings import ConfigError, Scaled
 from retrikt_ray.task.card import Task
 
 if TYPE_CHECKING:
@@ -26,19 +27,21 @@ if TYPE_CHECKING:
 
 VERSION = 4
 
-Algorithm = Literal["ppo", "rloo"]
+Algorithm = Literal["ppo", "rloo", "grpo"]
 
 
 class ReinforceConfig(Scaled):
     """Reinforcement of the generation prompt."""
 
     algorithm: Algorithm = Field(
-        "rloo", description="rloo: each text against the others of its condition, no critic. ppo: a value head and generalised advantages."
+        "rloo",
+        description="rloo: each text against the others of its condition, no critic. ppo: a value head and generalised advantages. "
+        "grpo: groups of texts of a condition, by TRL (extra `trl`).",
     )
     steps: int = Field(16, ge=0, description="Iterations; 0 keeps the supervised prompt.")
     texts: int = Field(64, ge=4, description="Texts per iteration, over all workers.")
     epochs: int = Field(2, ge=1, description="Passes over the texts of an iteration.")
-    minibatch: int = Field(32, ge=1, description="Texts per gradient step, over all workers.")
+    minibatch: int = Field(32, ge=1, description="Texts per gradient step, over all workers; grpo: the next below that divides `texts`.")
     temperature: float = Field(0.9, gt=0, description="Sampling temperature: that of `generate`, for which the prompt is tuned.")
     top_k: int = Field(100, ge=0, description="Sample among this many likeliest tokens, as `generate` does; 0: all.")
     learning_rate: float = Field(0.01, gt=0, description="Peak learning rate of the prompt.")
@@ -50,7 +53,9 @@ class ReinforceConfig(Scaled):
         0.1, ge=0, description="Weight of the KL to the supervised prompt, nats against standard deviations of the reward."
     )
     kl_target: float = Field(0.0, ge=0, description="KL per text (nats) that the weight is adapted to; 0: the weight is fixed.")
-    stop_kl: float = Field(0.1, gt=0, description="KL per token to the generating policy at which an iteration's passes end early.")
+    stop_kl: float = Field(
+        0.1, gt=0, description="KL per token to the generating policy at which an iteration's passes end early (rloo, ppo)."
+    )
     collapse_kl: float = Field(20.0, gt=0, description="KL per text (nats) to the supervised prompt that counts as a collapse.")
     collapse_distinct: float = Field(
         0.6, ge=0, le=1, description="Distinct-2, as a share of the supervised prompt's, that counts as a collapse."
@@ -61,6 +66,11 @@ class ReinforceConfig(Scaled):
     custom_rewards: dict[str, float] = Field(
         {}, description="More terms: {package.module:function: weight}, each (texts, labels) -> array of (N,)."
     )
+
+    def check_packages(self) -> None:
+        """Raises ConfigError where the algorithm needs a package that is not there."""
+        if self.algorithm == "grpo" and find_spec("trl") is None:
+            raise ConfigError("reinforce.algorithm: grpo needs the package trl, which is not installed: pip install 'retrikt-ray[trl]'")
 
 
 def reinforce_loop(config: dict[str, Any]) -> None:
@@ -119,14 +129,20 @@ def iterate(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session
 
     session.set_rate(step)
     # 1. roll out
-    asked = loop.schedule(step, c.texts, len(agent.prefixes), session.seed)
+    group = loop.group_size(c.texts, len(agent.prefixes)) if c.algorithm == "grpo" else 1
+    asked = loop.schedule(step, c.texts, len(agent.prefixes), session.seed, group)
     generated, rewards = loop.roll_out(agent, reward_model, session, asked, step)
-    rollout = loop.as_rollout(generated, rewards, session)
-    # 2. advantages
-    advantages, returns = loop.advantages_of(rollout, session, c.texts, c.algorithm, history.kl_weight, c.gamma, c.lam)
-    # 3. update
-    batches = loop.minibatches(c.texts, c.minibatch, c.epochs, session.seed, step)
-    loop.update(agent, session, rollout, advantages, returns, batches, clip=c.clip, stop_kl=c.stop_kl)
+    # 2. and 3. advantages and updates
+    if c.algorithm == "grpo":
+        from retrikt_ray.policy import grpo
+
+        sizes = {"group": group, "minibatch": loop.divisor(c.texts, c.minibatch), "epochs": c.epochs}
+        grpo.update(agent, session, generated, rewards.total, step, **sizes, clip=c.clip, kl_weight=history.kl_weight)
+    else:
+        rollout = loop.as_rollout(generated, rewards, session)
+        advantages, returns = loop.advantages_of(rollout, session, c.texts, c.algorithm, history.kl_weight, c.gamma, c.lam)
+        batches = loop.minibatches(c.texts, c.minibatch, c.epochs, session.seed, step)
+        loop.update(agent, session, rollout, advantages, returns, batches, clip=c.clip, stop_kl=c.stop_kl)
     # 4. KL weight
     kl = loop.mean_kl(generated, session)
     if c.kl_target:
@@ -143,8 +159,10 @@ def iterate(c: ReinforceConfig, agent: Agent, reward_model: RewardModel, session
 
 def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `policy/`: prompts/ (PEFT adapters) and curves.json {curve, watch, best_step, collapse}."""
+    from retrikt_ray.policy.loop import divisor
     from retrikt_ray.runtime.training import launch
 
+    config.check_packages()
     policy, teacher = out["policy"], inputs["teacher"]
     for path in config.custom_rewards:
         custom_term(path)
@@ -164,7 +182,9 @@ def reinforce(config: ReinforceConfig, inputs: dict[str, Folder], out: dict[str,
             "seed": seed,
         }
         planned = plan(config, "reinforce", cpus=2, grow=False)
-        if planned.count > config.texts:  # more would have nothing to write
+        if config.algorithm == "grpo":  # TRL gives each worker the same number of a minibatch's texts
+            planned = replace(planned, count=divisor(divisor(config.texts, config.minibatch), planned.count), least=None)
+        elif planned.count > config.texts:  # more would have nothing to write
             planned = replace(planned, count=config.texts, least=None)
         launch(reinforce_loop, common, planned, out["scratch"], config.algorithm, "reinforce: prompt")
     curves = policy.read_json("curves.json")

@@ -10,14 +10,11 @@ What was left out on purpose: versions of an artifact. A run has one config; a c
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, digest
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder, digest, sealed
+from retrikt_ray.runtime.leases.lease import Right
 
 DRAFT = "draft.json"  # names the fingerprint that the unfinished files of a folder belong to
 
@@ -47,11 +44,11 @@ class Manifest:
 
 def read_manifest(folder: Folder) -> Manifest | None:
     """The manifest of a complete artifact, or None where the artifact is not there or not finished."""
-    if not folder.exists(MANIFEST):
+    data = folder.read_if_there(MANIFEST)
+    if data is None:
         return None
-    data = folder.read_sealed(MANIFEST)
     try:
-        return Manifest(**data)
+        return Manifest(**folder.unsealed(MANIFEST, data))
     except TypeError as error:
         raise ArtifactError(f"{folder}/{MANIFEST} is not a manifest of this version ({error})") from None
 
@@ -64,24 +61,32 @@ def check(folder: Folder, deep: bool = False, only: list[str] | None = None) -> 
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError(f"{folder} is not complete: it has no {MANIFEST}")
+    sizes = folder.sizes()
     for name, want in manifest.files.items():
         if only is not None and name not in only:
             continue
-        if not folder.exists(name):
+        if name not in sizes:
             raise ArtifactError(f"{folder}/{name} is missing; its manifest names it")
-        size = folder.size(name)
+        size = sizes[name]
         if size != want["bytes"]:
             raise ArtifactError(f"{folder}/{name} has {size} bytes, its manifest says {want['bytes']}: truncated or altered")
-        if deep and folder.sha256(name) != want["sha256"]:
+        if deep and folder.sha256(name, size) != want["sha256"]:
             raise ArtifactError(f"{folder}/{name} was altered: its SHA-256 is not the one in the manifest")
     return manifest
 
 
-def open_draft(folder: Folder, fingerprint: str) -> None:
-    """Make the folder ready for writing. Files of an interrupted attempt at the same fingerprint stay, all others go."""
-    if folder.exists(DRAFT) and not folder.exists(MANIFEST) and folder.read_json(DRAFT).get("fingerprint") == fingerprint:
+def open_draft(folder: Folder, fingerprint: str, right: Right | None = None) -> None:
+    """Make the folder ready for writing. Files of an interrupted attempt at the same fingerprint stay, all others go.
+
+    right: to write below the run directory; None: nobody else can know of the folder.
+    """
+    right = right or Right()
+    before, tag = right.read(folder, MANIFEST)
+    if before is None and folder.exists(DRAFT) and folder.read_json(DRAFT).get("fingerprint") == fingerprint:
         return
-    folder.remove(MANIFEST)  # first: from here on the folder is not complete
+    if before is not None:
+        right.remove(folder, MANIFEST, tag)  # first: from here on the folder is not complete
+    right.check()
     folder.remove()
     folder.write_json(DRAFT, {"fingerprint": fingerprint})
 
@@ -96,17 +101,22 @@ def seal(
     seed: int,
     started: float,
     summary: dict[str, Any] | None = None,
+    right: Right | None = None,
 ) -> Manifest:
-    """Write the manifest over all files of the folder; from here on it is complete."""
+    """Write the manifest over all files of the folder; from here on it is complete. right: as for `open_draft`."""
+    right = right or Right()
+    before, tag = right.read(folder, MANIFEST)
+    if before is not None:
+        right.remove(folder, MANIFEST, tag)
+    right.check()
     folder.remove(DRAFT)
-    folder.remove(MANIFEST)  # of an interrupted sealing of a sibling output
     files: dict[str, dict[str, Any]] = {}
     rows: dict[str, int] = {}
     columns: dict[str, list[str]] = {}
-    for name in folder.files():
-        files[name] = {"sha256": folder.sha256(name), "bytes": folder.size(name)}
+    for name, size in sorted(folder.sizes().items()):
+        files[name] = {"sha256": folder.sha256(name, size), "bytes": size}
         if name.endswith(".parquet"):
-            with folder.parquet(name) as file:
+            with folder.parquet(name, size) as file:
                 meta = file.metadata
             table = name.rsplit("/", 1)[-1].removesuffix(".parquet").split("-")[0]
             rows[table] = rows.get(table, 0) + meta.num_rows
@@ -125,24 +135,8 @@ def seal(
         seconds=round(time.time() - started, 3),
         summary=summary or {},
     )
-    folder.write_sealed(MANIFEST, asdict(manifest))
+    right.publish(folder, MANIFEST, sealed(asdict(manifest)))
     return manifest
-
-
-@contextmanager
-def locked(folder: Folder) -> Iterator[None]:
-    """Keep a second driver off a local run directory. The kernel drops the lock when its holder dies, however it dies."""
-    if not folder.is_local:
-        yield
-        return
-    import fcntl
-
-    with open(Path(folder.uri) / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another process is working on {folder}; wait for it or choose another --out") from None
-        yield
 
 
 def versions() -> dict[str, str]:

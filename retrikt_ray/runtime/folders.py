@@ -11,9 +11,7 @@ import io
 import json
 import os
 import posixpath
-import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +24,14 @@ import pyarrow as pa
 import pyarrow.fs
 import pyarrow.parquet as pq
 
+from retrikt_ray.runtime import copies
+from retrikt_ray.runtime.settings import ConfigError
+
 PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language model that come with the package
+OBJECT_STORES = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")  # which know no directories
+S3 = ("s3://", "s3a://")
+S3_ONCE = {"max_concurrency": 1}  # else it asks for the size first, to see whether it should ask for pieces side by side
+PIECE = 64 << 20  # bytes that are asked for at a time
 MANIFEST = "manifest.json"  # written last: the folder is complete
 
 
@@ -47,6 +52,11 @@ def digest(value: Any) -> str:
 def as_json(value: Any) -> bytes:
     """Readable JSON in UTF-8, ending with a newline."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sealed(value: dict[str, Any]) -> bytes:
+    """JSON that carries the digest of itself."""
+    return as_json(value | {"checksum": digest(value)})
 
 
 def stamp(info: dict[str, Any]) -> list[Any]:
@@ -72,9 +82,13 @@ class Folder:
     def is_local(self) -> bool:
         return "://" not in self.uri
 
-    def _fs(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+    def place(self, name: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
+        """The filesystem, and the path on it. Raises ConfigError where the library of a kind of place is not installed."""
         # Without a cache of listings: another process may have written what was not there a moment ago.
-        return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
+        try:
+            return fsspec.core.url_to_fs(posixpath.join(self.uri, name) if name else self.uri, use_listings_cache=False)
+        except ImportError as error:
+            raise ConfigError(f"{self.uri}: {error} (pip install 'retrikt-ray[s3]', for gs:// 'retrikt-ray[gcs]')") from None
 
     def __truediv__(self, name: str) -> Folder:
         return Folder(posixpath.join(self.uri, name))
@@ -84,12 +98,12 @@ class Folder:
 
     def arrow(self) -> tuple[pyarrow.fs.FileSystem | None, str]:
         """For libraries that write by themselves: pyarrow's filesystem (None: the local disk) and the path on it."""
-        fs, path = self._fs()
+        fs, path = self.place()
         return None if self.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fs)), path
 
     def signature(self, name: str) -> list[Any] | None:
         """Changes whenever the file is replaced; None where it is not there."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         try:
             info = fs.info(path)
         except FileNotFoundError:
@@ -98,36 +112,43 @@ class Folder:
 
     def stamps(self) -> dict[str, list[Any]]:
         """Of each file below, its size and, as text, what else changes when it is replaced. One listing, whatever the number of files."""
-        fs, path = self._fs()
-        if not fs.exists(path):
-            return {}
-        root, found = path.rstrip("/") + "/", fs.find(path, detail=True)
-        return {name[len(root) :]: stamp(info) for name, info in found.items() if ".tmp-" not in name}
+        fs, path = self.place()
+        root = len(path.rstrip("/")) + 1
+        return {name[root:]: stamp(info) for name, info in fs.find(path, detail=True).items() if ".tmp-" not in name[root:]}
 
     def stamp(self, name: str) -> list[Any] | None:
         """The same of one file; None where it is not there."""
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return stamp(fs.info(path)) if fs.exists(path) else None
 
     def exists(self, name: str = "") -> bool:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return bool(fs.exists(path))
 
     def size(self, name: str) -> int:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         return int(fs.size(path))
 
     def files(self) -> list[str]:
         """Names of all files below, relative, sorted; temporary files of an interrupted write are not among them."""
-        fs, path = self._fs()
-        if not fs.exists(path):
-            return []
-        root = path.rstrip("/") + "/"
-        return sorted(name for name in (f[len(root) :] for f in fs.find(path)) if ".tmp-" not in name)
+        return sorted(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Of each file below, its size. One listing."""
+        return {name: tags[0] for name, tags in self.stamps().items()}
 
     def read_bytes(self, name: str) -> bytes:
-        with self.open(name) as handle:
-            return handle.read()
+        if (found := self.read_if_there(name)) is None:
+            raise ArtifactError(f"{self.uri}/{name} is missing")
+        return found
+
+    def read_if_there(self, name: str) -> bytes | None:
+        """A file's bytes, None where it is not there: one request."""
+        fs, path = self.place(name)
+        try:
+            return bytes(fs.cat_file(path, **(S3_ONCE if self.uri.startswith(S3) else {})))
+        except FileNotFoundError:
+            return None
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write whole or not at all."""
@@ -135,15 +156,17 @@ class Folder:
             with self.create(name) as aside:
                 aside.write_bytes(data)
         else:
-            fs, path = self._fs(name)
-            fs.makedirs(posixpath.dirname(path), exist_ok=True)
+            fs, path = self.place(name)
+            if not self.uri.startswith(OBJECT_STORES):
+                fs.makedirs(posixpath.dirname(path), exist_ok=True)
             fs.pipe_file(path, data)
 
     @contextmanager
     def create(self, name: str) -> Iterator[Path]:
         """A local path to write a file to; when the block ends well, the file is there under `name`, whole and flushed to the disk."""
-        fs, path = self._fs(name)
-        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+        fs, path = self.place(name)
+        if not self.uri.startswith(OBJECT_STORES):
+            fs.makedirs(posixpath.dirname(path), exist_ok=True)
         if self.is_local:
             aside = Path(f"{path}.tmp-{uuid.uuid4().hex[:8]}")
         else:
@@ -166,21 +189,25 @@ class Folder:
             if not self.is_local:
                 aside.parent.rmdir()
 
-    def open(self, name: str) -> BinaryIO:
-        """A seekable handle for reading. Raises ArtifactError when the file is missing."""
-        fs, path = self._fs(name)
+    def open(self, name: str, size: int | None = None) -> BinaryIO:
+        """A seekable handle for reading. size: of the file, where it is known. Raises ArtifactError when the file is missing."""
+        fs, path = self.place(name)
         try:
-            return fs.open(path, "rb")
+            if size is None or not self.uri.startswith(S3):
+                return fs.open(path, "rb")
+            handle = fs.open(path, "rb", size=size)
+            handle.details = {"name": path, "size": size, "type": "file"}  # else it asks for them
+            return handle
         except FileNotFoundError:
             raise ArtifactError(f"{self.uri}/{name} is missing") from None
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 hex digest of a file, read piece by piece."""
-        with self.open(name) as handle:
-            found = hashlib.sha256()
-            while piece := handle.read(1 << 20):
-                found.update(piece)
-            return found.hexdigest()
+    def sha256(self, name: str, size: int | None = None) -> str:
+        """SHA-256 hex digest of a file, read piece by piece. size: as for `open`."""
+        fs, path = self.place(name)
+        size, found = self.size(name) if size is None else size, hashlib.sha256()
+        for start in range(0, size, PIECE):
+            found.update(fs.cat_file(path, start=start, end=min(start + PIECE, size)))
+        return found.hexdigest()
 
     def read_json(self, name: str) -> Any:
         return self._json(name, self.read_bytes(name))
@@ -196,11 +223,14 @@ class Folder:
 
     def write_sealed(self, name: str, value: dict[str, Any]) -> None:
         """JSON that carries the digest of itself, so that a reader sees any change of it."""
-        self.write_json(name, value | {"checksum": digest(value)})
+        self.write_bytes(name, sealed(value))
 
     def read_sealed(self, name: str) -> dict[str, Any]:
         """What `write_sealed` wrote. Raises ArtifactError where a single byte is not as it was written."""
-        data = self.read_bytes(name)
+        return self.unsealed(name, self.read_bytes(name))
+
+    def unsealed(self, name: str, data: bytes) -> dict[str, Any]:
+        """The same of the contents of a file."""
         value = self._json(name, data)
         if not isinstance(value, dict) or "checksum" not in value:
             raise ArtifactError(f"{self.uri}/{name} has no checksum: cut, or written by another version")
@@ -218,9 +248,9 @@ class Folder:
             raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
 
     @contextmanager
-    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file opened for reading row group by row group. Raises ArtifactError that names it when it cannot be read."""
-        with self.open(name) as handle:
+    def parquet(self, name: str, size: int | None = None) -> Iterator[pq.ParquetFile]:
+        """A Parquet file opened for reading row group by row group. size: as for `open`. Raises ArtifactError that names it when it cannot be read."""
+        with self.open(name, size) as handle:
             try:
                 yield pq.ParquetFile(handle)
             except (pa.ArrowInvalid, OSError) as error:
@@ -228,8 +258,7 @@ class Folder:
 
     def read_tables(self, prefix: str = "part-", columns: list[str] | None = None) -> pa.Table:
         """All Parquet files whose name starts with `prefix`, in the order of their names, as one table."""
-        names = [n for n in self.files() if n.startswith(prefix) and n.endswith(".parquet")]
-        if not names:
+        if not (names := [n for n in self.files() if n.startswith(prefix) and n.endswith(".parquet")]):
             raise ArtifactError(f"{self.uri} holds no {prefix}*.parquet")
         return pa.concat_tables([self.read_table(n, columns) for n in names])
 
@@ -239,51 +268,31 @@ class Folder:
         self.write_bytes(name, buffer.getvalue())
 
     def remove(self, name: str = "") -> None:
-        fs, path = self._fs(name)
+        fs, path = self.place(name)
         if fs.exists(path):
             fs.rm(path, recursive=True)
 
     def local(self) -> Path:
-        """A local directory with these files: itself on a disk, else a copy in a cache that is keyed by the manifest and compared with it.
+        """A local directory with these files: itself on a disk, else a copy in the cache of this machine (`copies.py`), compared with the manifest.
 
-        Raises ArtifactError when a file is not what the manifest says, or the cache is not this user's own.
+        Without a manifest (a part of an artifact) it is known by its files' tags. Raises ArtifactError when a file is not what the manifest says.
         """
         if self.is_local:
             return Path(self.uri)
-        sealed = self.read_sealed(MANIFEST) if self.exists(MANIFEST) else None
-        key = digest([self.uri, sealed or time.time()])[:20]
-        cache = Path(tempfile.gettempdir()) / f"retrikt-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-        if cache.stat().st_uid != os.getuid() or cache.stat().st_mode & 0o022:
-            raise ArtifactError(f"{cache} can be written by others: it holds copies of {self.uri}; remove it or set TMPDIR")
-        target = cache / key
-        if not (target.exists() and sealed and self._differs(target, sealed) is None):
-            shutil.rmtree(target, ignore_errors=True)
-            aside = target.with_name(f"{key}.tmp-{uuid.uuid4().hex[:8]}")
-            for name in self.files():
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                fs, path = self._fs(name)
-                fs.get_file(path, str(aside / name))
-            differs = self._differs(aside, sealed) if sealed else None
-            if differs:
-                shutil.rmtree(aside)
-                raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
-            try:
-                aside.rename(target)
-            except OSError:  # another process of this machine was first; its copy is the same
-                shutil.rmtree(aside)
-                if not target.exists():
-                    raise
-        return target
+        wanted = self.unsealed(MANIFEST, data)["files"] if (data := self.read_if_there(MANIFEST)) is not None else None
+        tags = {} if wanted else self.stamps()
 
-    @staticmethod
-    def _differs(copy: Path, sealed: dict[str, Any]) -> str | None:
-        """The first file of a manifest that a copy does not hold as it should be."""
-        folder = Folder(str(copy))
-        for name, want in sealed["files"].items():
-            if not folder.exists(name) or folder.size(name) != want["bytes"] or folder.sha256(name) != want["sha256"]:
-                return str(name)
-        return None
+        def fill(target: Path) -> None:
+            for name in sorted(wanted or tags):
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                fs, path = self.place(name)
+                fs.get_file(path, str(target / name))
+            if wanted and (differs := copies.differs(target, wanted)):
+                raise ArtifactError(f"{self.uri}/{differs} was altered: its SHA-256 is not the one in the manifest")
+
+        told = all(len(tag) > 1 for tag in tags.values())  # else only sizes are known, and a copy serves once
+        content = {name: file["sha256"] for name, file in wanted.items()} if wanted else [self.uri, tags, told or uuid.uuid4().hex]
+        return copies.directory(digest(content)[:20], fill, lambda target: not wanted or copies.differs(target, wanted) is None)
 
     def upload(self, source: Path) -> None:
         """Copy every file below a local directory into this folder, each one whole or not at all."""

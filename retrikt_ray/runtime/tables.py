@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 
@@ -18,21 +20,22 @@ class Source:
 
     folder: Folder
     groups: tuple[tuple[str, int, int, int], ...]  # (file, row group in it, position of its first row, rows)
+    sizes: dict[str, int]  # of the files
 
     @staticmethod
     def of(folder: Folder, prefix: str = "part-") -> Source:
         """All files whose names start with `prefix`, in the order of their names. Reads their footers only."""
-        groups, first = [], 0
-        for name in folder.files():
+        groups, first, sizes = [], 0, folder.sizes()
+        for name, size in sorted(sizes.items()):
             if name.startswith(prefix) and name.endswith(".parquet"):
-                with folder.parquet(name) as file:
+                with folder.parquet(name, size) as file:
                     for i in range(file.num_row_groups):
                         rows = file.metadata.row_group(i).num_rows
                         groups.append((name, i, first, rows))
                         first += rows
         if not groups:
             raise ArtifactError(f"{folder} holds no {prefix}*.parquet with rows")
-        return Source(folder, tuple(groups))
+        return Source(folder, tuple(groups), {name: sizes[name] for name, *_ in groups})
 
     @property
     def rows(self) -> int:
@@ -41,15 +44,19 @@ class Source:
     @property
     def schema(self) -> pa.Schema:
         """The columns, as the first file has them."""
-        with self.folder.parquet(self.groups[0][0]) as file:
+        with self.parquet(self.groups[0][0]) as file:
             return file.schema_arrow
+
+    def parquet(self, name: str) -> AbstractContextManager[pq.ParquetFile]:
+        """One of the files, opened."""
+        return self.folder.parquet(name, self.sizes[name])
 
     def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
         """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
         for name, group, first, rows in self.groups:
             begin, end = max(low - first, 0), min(high - first, rows)
             if begin < end:
-                with self.folder.parquet(name) as file:
+                with self.parquet(name) as file:
                     yield first + begin, file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
 
 

@@ -22,7 +22,7 @@ from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray.cli import main
 from retrikt_ray.index.build import IndexConfig, build_index
-from retrikt_ray.knowledge import log
+from retrikt_ray.knowledge import edit, log
 from retrikt_ray.knowledge.actors import ActorSearcher
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.edit import added_rows
@@ -30,6 +30,7 @@ from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.leases import lease
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import TextError
 
@@ -503,7 +504,7 @@ def test_a_copy_of_an_object_store_that_was_altered_is_made_anew(monkeypatch: py
     np.testing.assert_array_equal(Predictor.open(run).predict(QUERY).answers, want)
     assert [copy.read_bytes() for copy in copies] == whole
     (tmp_path / f"retrikt-{os.getuid()}").chmod(0o777)
-    with pytest.raises(ArtifactError, match="can be written by others"):
+    with pytest.raises(ConfigError, match="can be written by others"):
         Predictor.open(run)
 
 
@@ -517,7 +518,7 @@ def test_a_lost_manifest_is_not_an_unedited_run(run: Folder) -> None:
 def test_a_second_writer_waits_and_is_told(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     knowledge = Knowledge.open(run)
     monkeypatch.setattr(log, "WAIT_S", 0.2)
-    with log.writing(run), pytest.raises(ConfigError, match="another process has been editing"):
+    with log.writing(run), pytest.raises(ConfigError, match=r"run is held by `.*` \(process \d+ on .*, since .* UTC\). Wait for it to end"):
         knowledge.add([{"text": "one more", "label": "positive"}])
     knowledge.add([{"text": "one more", "label": "positive"}])
 
@@ -534,6 +535,32 @@ def test_two_writers_lose_nothing(run: Folder) -> None:
     for thread in threads:
         thread.join()
     assert Knowledge.open(run).count == 12 + 45
+
+
+def test_an_editor_that_lost_its_lease_meanwhile_changes_nothing(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with its request on its way; the file that it had written goes once it cannot be anybody's."""
+    for name, seconds in (("LEASE_S", 1.0), ("TRUST_S", 0.6), ("BEAT_S", 0.2), ("POLL_S", 0.05)):
+        monkeypatch.setattr(lease, name, seconds)
+    run = make_run(f"{s3}/editors-{time.time_ns()}")
+    first, second = Knowledge.open(run), Knowledge.open(run)
+    first.add([{"id": "before", "text": "the first of all", "label": "positive"}])
+    row = {"id": "first", "text": "one more", "teacher_probs": [0.0, 1.0], "text_pair": None}
+    with first.editing() as right:
+        assert isinstance(right, lease.Lease)
+        right.ended.set()  # paused from here: nobody renews it
+        second.add([{"id": "second", "text": "another", "label": "positive"}])
+        with pytest.raises(lease.LeaseLost, match=r"was changed by another process"):
+            first.write([row], [], right)
+        monkeypatch.setattr(edit, "tagged_log", lambda folder, right: (first.view.log, '"0123"'))  # as if it had asked before
+        right.trusted = lease.now() + 60
+        with pytest.raises(lease.LeaseLost, match=r"knowledge/manifest\.json was changed by another process: it was held by `.*`"):
+            first.write([row], [], right)
+    monkeypatch.undo()
+    assert first.refresh(at_once=True) and set(first.view.find(["first", "second"])) == {"second"}
+    assert sum(name.startswith("edit-000002-") for name in (run / "knowledge").files()) == 2
+    first.add([{"id": "third", "text": "and another", "label": "positive"}])
+    assert first.view.log is not None and set((run / "knowledge").files()) == {"manifest.json", *(e["file"] for e in first.view.log.edits)}
+    assert Knowledge.open(run).count == 15
 
 
 def test_knowledge_on_an_object_store(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from tiny_run import WORDS  # beside this file: it runs as a script
 
+from making.tiny_run import WORDS
 from retrikt_ray.index.learning import of_texts
 from retrikt_ray.index.vectors import StudentVectors
 from retrikt_ray.index.words.postings import counted

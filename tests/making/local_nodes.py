@@ -19,11 +19,11 @@ SETTINGS = {"RAY_AUTH_MODE": "disabled", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRE
 
 
 @contextmanager
-def s3_server() -> Iterator[dict[str, str]]:
-    """moto in a process of its own, with a bucket `runs`. Yields the environment that leads to it."""
+def s3_server(journal: Path | None = None) -> Iterator[dict[str, str]]:
+    """moto in a process of its own, with a bucket `runs`. Yields the environment that leads to it. journal: as `s3_process.py` writes it."""
     (port,) = free_ports(1)
     env = {**SETTINGS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("s3_process.py")), str(port), *([str(journal)] if journal else [])]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         import boto3

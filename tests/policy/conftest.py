@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 from making.policy_run import MAX_TOKENS, SEED, LoneSession, make_task, make_teacher
@@ -38,3 +39,11 @@ def start(root: Folder, base: lm.Base) -> Callable[..., tuple[Agent, LoneSession
         return agent, LoneSession({"seed": SEED}, optimizer, agent.tensors(), c.steps, world)
 
     return make
+
+
+@pytest.fixture
+def frozen() -> Iterator[None]:
+    """Garbage is not looked for among what is there already: TRL has it collected in every iteration, which would take longer than all else in it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

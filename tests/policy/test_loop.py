@@ -12,7 +12,7 @@ import torch
 from making.policy_run import SEED, ScriptedRewards
 from torch.testing import assert_close
 
-from retrikt_ray.policy import loop, ppo
+from retrikt_ray.policy import grpo, loop, ppo
 from retrikt_ray.policy.history import History, collapse_reason
 from retrikt_ray.policy.loop import Agent
 from retrikt_ray.policy.reinforce import ReinforceConfig
@@ -107,6 +107,16 @@ def test_every_condition_comes_once_before_one_comes_again(conditions: int) -> N
         assert sorted(drawn[start : start + conditions]) == list(range(conditions))
     assert {c for step in range(3) for c in loop.schedule(step, texts, conditions, seed=0)} == set(range(conditions))
     assert conditions < 6 or loop.schedule(0, texts, conditions, seed=1) != drawn[:texts]
+
+
+def test_groups_of_texts() -> None:
+    """The texts of a condition in an iteration, 4 at least, and equally many in each group."""
+    sizes = {(64, 2): 32, (48, 6): 8, (64, 3): 16, (64, 150): 4, (9, 2): 3, (10, 6): 2, (13, 2): 13, (4, 2): 4}
+    assert {key: loop.group_size(*key) for key in sizes} == sizes
+    drawn = [loop.schedule(step, 12, 5, 0, group=4) for step in range(5)]
+    assert all(texts[i : i + 4] == [texts[i]] * 4 for texts in drawn for i in (0, 4, 8))
+    order = [texts[i] for texts in drawn for i in (0, 4, 8)]
+    assert all(sorted(order[i : i + 5]) == list(range(5)) for i in (0, 5, 10))  # all conditions once before one comes again
 
 
 def test_rollout_seeds_differ_by_seed_iteration_and_row() -> None:
@@ -294,9 +304,10 @@ def test_watch_counts_texts_that_end(start, monkeypatch: pytest.MonkeyPatch) -> 
     assert loop.watch(agent, ScriptedRewards([0.0]), session, 4, 0)[0]["terminated"] == 0.75
 
 
-ALGORITHMS = ("rloo", "ppo")
+ALGORITHMS = ("rloo", "ppo", "grpo")
 
 
+@pytest.mark.usefixtures("frozen")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_toy_problem_is_solved_and_with_a_broken_sign_it_is_not(start, algorithm: str, sign: float) -> None:
@@ -316,8 +327,11 @@ def test_a_toy_problem_is_solved_and_with_a_broken_sign_it_is_not(start, algorit
     shares = []
     for step in range(c.steps):
         session.set_rate(step)
-        generated, judged = loop.roll_out(agent, Half([]), session, [0, 1] * 16, step)
+        generated, judged = loop.roll_out(agent, Half([]), session, [0] * 16 + [1] * 16, step)
         shares.append(float(judged.terms["fidelity"].mean()))
+        if algorithm == "grpo":
+            grpo.update(agent, session, generated, judged.total, step, group=16, minibatch=16, epochs=2, clip=0.2, kl_weight=0.0)
+            continue
         rollout = loop.as_rollout(generated, judged, session)
         advantages, returns = loop.advantages_of(rollout, session, 32, algorithm, 0.0, 1.0, 0.95)
         loop.update(agent, session, rollout, advantages, returns, loop.minibatches(32, 16, 2, 0, step), clip=0.2, stop_kl=1e6)

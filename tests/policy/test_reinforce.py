@@ -122,8 +122,10 @@ def judged_by_annotator(root: Folder, base: lm.Base) -> Callable[[ReinforceConfi
     return make
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(start, judged_by_annotator) -> None:
-    c = config(watch_every=2, kl_target=0.05, weights={"novelty": 5.0})
+@pytest.mark.usefixtures("frozen")
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(start, judged_by_annotator, algorithm: str) -> None:
+    c = config(algorithm=algorithm, watch_every=2, kl_target=0.05, weights={"novelty": 5.0})
 
     def run(checkpoint: Checkpoint | None) -> tuple[Agent, LoneSession, History]:
         agent, session = start(c)
