@@ -33,7 +33,7 @@ def test_the_key_list_is_up_to_date() -> None:
     assert (REPO / "docs" / "configuration.md").read_text() == config.documentation(), "run `make docs`"
 
 
-BENCHES = {"bench.yaml", "bench_corpus.yaml"}
+BENCHES = {"bench.yaml", "bench_arms.yaml", "bench_corpus.yaml"}
 CONFIGS = sorted(p for p in (*REPO.glob("jobs/*.yaml"), *REPO.glob("retrikt_ray/quickstart/*.yaml")) if p.name not in BENCHES)
 
 

@@ -145,9 +145,9 @@ if __name__ == "__main__":
     import faiss
     import numpy as np
     import torch
-    from retrikt_ray.index.lexical import counted
 
     from retrikt_ray.index.learning import of_texts
+    from retrikt_ray.index.words.postings import counted
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
