@@ -78,7 +78,7 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
 
-bench-arms: install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
+bench-arms: install-dev install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_arms.yaml --out runs/bench-arms $(BENCH)
 
 bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN

@@ -48,7 +48,8 @@ def test_the_shipped_bench_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BENCHES:
         bench = settings.load(str(REPO / "jobs" / name))
         runs = {task: bench.run_config(task, 3) for task in bench.tasks}
-        assert runs["trec"].prepare.data == "/somewhere/data/trec" and runs["trec"].seed == 3
+        trec = runs["trec-prompt" if name == "bench_arms.yaml" else "trec"]
+        assert trec.prepare.data == "/somewhere/data/trec" and trec.seed == 3
         assert {run.teach.annotator for run in runs.values()} == {"/an/encoder"}
 
 
