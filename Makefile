@@ -128,8 +128,8 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 	$(BIN)/python -m jobs.bench_edit
 
 bench-lexical: install ## Words at 2M rows: a question beside a plain scorer of all postings, and ten rows added at 100k and at 2M rows (minutes)
-	$(BIN)/python -m jobs.bench_lexical search
 	$(BIN)/python -m jobs.bench_lexical edits
+	$(BIN)/python -m jobs.bench_lexical search
 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
