@@ -78,7 +78,7 @@ bench-quality: install-bench ## RetriKT beside cheaper systems: tasks x seeds x 
 bench-corpus: install-bench ## A corpus as the store's source beside generated texts, and both (needs RETRIKT_DATA with text/; an hour). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_corpus.yaml --out runs/bench-corpus $(BENCH)
 
-bench-arms: install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
+bench-arms: install-dev install-bench ## Reinforcement beside the supervised prompt and beside more texts, by what student and TF-IDF score (needs RETRIKT_DATA; hours). BENCH as above
 	$(BIN)/python -m jobs.bench jobs/bench_arms.yaml --out runs/bench-arms $(BENCH)
 
 bench-harvest: install ## Time and memory of harvesting 10, 40 and all MB of RETRIKT_DATA's text/ for RUN
@@ -128,8 +128,8 @@ bench-index-edit: install-bench ## 10k rows added to 1M, found, compacted, compa
 	$(BIN)/python -m jobs.bench_edit
 
 bench-lexical: install ## Words at 2M rows: a question beside a plain scorer of all postings, and ten rows added at 100k and at 2M rows (minutes)
-	$(BIN)/python -m jobs.bench_lexical search
 	$(BIN)/python -m jobs.bench_lexical edits
+	$(BIN)/python -m jobs.bench_lexical search
 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py

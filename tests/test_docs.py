@@ -33,7 +33,7 @@ def test_the_key_list_is_up_to_date() -> None:
     assert (REPO / "docs" / "configuration.md").read_text() == config.documentation(), "run `make docs`"
 
 
-BENCHES = {"bench.yaml", "bench_corpus.yaml"}
+BENCHES = {"bench.yaml", "bench_arms.yaml", "bench_corpus.yaml"}
 CONFIGS = sorted(p for p in (*REPO.glob("jobs/*.yaml"), *REPO.glob("retrikt_ray/quickstart/*.yaml")) if p.name not in BENCHES)
 
 
@@ -48,7 +48,8 @@ def test_the_shipped_bench_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in BENCHES:
         bench = settings.load(str(REPO / "jobs" / name))
         runs = {task: bench.run_config(task, 3) for task in bench.tasks}
-        assert runs["trec"].prepare.data == "/somewhere/data/trec" and runs["trec"].seed == 3
+        trec = runs["trec-prompt" if name == "bench_arms.yaml" else "trec"]
+        assert trec.prepare.data == "/somewhere/data/trec" and trec.seed == 3
         assert {run.teach.annotator for run in runs.values()} == {"/an/encoder"}
 
 

@@ -17,7 +17,7 @@ def test_the_small_run_has_the_same_models_and_fewer_texts_and_passes() -> None:
     full = RunConfig.model_validate({"prepare": {"data": "x", "unlabelled": "train"}, "generate": {"rows": 5000, "max_seconds": 9}})
     small = shrunk(full, 96, 2)
     assert small.generate.rows == 6 * 2 * 120 and small.generate.max_seconds == 0 and small.prepare.unlabelled_rows == 400
-    assert (small.teach.prompt_epochs, small.teach.annotator_epochs) == (3, 3)  # 16 steps of 16 texts
+    assert (small.teach.prompt_epochs, small.teach.annotator_epochs) == (6, 3)  # at most 128 steps, and 16, of 16 texts
     assert small.teach.max_tokens == full.teach.max_tokens and small.generate.rows_per_shard == full.generate.rows_per_shard
     few = RunConfig.model_validate(
         {"prepare": {"data": "x"}, "generate": {"rows": 50}, "teach": {"prompt_epochs": 1}, "reinforce": {"steps": 0}}

@@ -27,6 +27,7 @@ from retrikt_ray.task.texts import Text
 
 FIRST = 4096  # postings that are read before there is a k-th best score to prune by
 RARE = 0.25  # of that score: what is left unread of words without bitmaps may add no more
+FEW = 256  # rows that are held against many words at once
 AT_ONCE = 16  # words whose bounds are taken in one array: it holds so many numbers a row
 CERTAIN = 64  # rows at least that this score is taken from
 
@@ -272,7 +273,7 @@ class Asked:
                 rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]
             if not len(common) or not len(rows):
                 return rows, upper
-            words, common = np.split(common, [1 if len(rows) > FIRST else AT_ONCE])  # many rows: one word after the other
+            words, common = np.split(common, [1 if len(rows) > FEW else AT_ONCE])  # many rows: one word after the other
             held, twice = shard.holding(self.lines[s][words], rows)
             if norms is None:
                 upper = upper - ((held ^ 1) * self.bounds[words, lists[words], None].astype(np.float32)).sum(0)
