@@ -24,6 +24,11 @@ REPO = Path(__file__).resolve().parents[1]
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 
 
+def test_ctrl_c_ends_what_follows_a_training(run: pipeline.Run) -> None:
+    """Ray Train leaves a handler behind that swallows it."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_every_artifact_is_sealed_and_verifies(run: pipeline.Run) -> None:
     for stage in run.stages:
         for name in stage.outputs:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,12 +59,16 @@ def launch(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
+        interrupted = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
         except ray.train.WorkerGroupError as error:
             first = next(iter(error.worker_failures.values()), error)
             cause = getattr(first, "cause", None) or first.__cause__ or first
             raise RuntimeError(f"{label} failed in a Ray Train worker: {type(cause).__name__}: {cause}") from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, interrupted)  # Ray Train leaves its own there, which swallows Ctrl-C in all that follows
 
 
 def seed_everything(*key: object) -> None:

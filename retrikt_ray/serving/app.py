@@ -7,7 +7,7 @@ import ipaddress
 from typing import Any
 
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.api.guard import Keys
 from retrikt_ray.serving.api.routes import build_api
@@ -19,8 +19,12 @@ PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries
 
 def memory_of(run: Folder) -> int:
     """Bytes that a replica is counted with, by the manifests of the run: the process, student and index, and the rows of the store."""
-    files = [size["bytes"] for name in ("student", "index") for size in check(run / name, only=[]).files.values()]
-    return int(PROCESS_BYTES + sum(files) + ROW_BYTES * sum(check(run / "store", only=[]).rows.values()))
+    try:
+        files = [size["bytes"] for name in ("student", "index") for size in check(run / name, only=[]).files.values()]
+        rows = sum(check(run / "store", only=[]).rows.values())
+    except (ArtifactError, OSError):  # not to be read from here: the replica will say why, or be on a node that can
+        return int(PROCESS_BYTES)
+    return int(PROCESS_BYTES + sum(files) + ROW_BYTES * rows)
 
 
 def build_app(args: dict[str, Any]) -> Any:
