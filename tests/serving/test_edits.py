@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from making.serving_local import Replica, close_to, named, replica, scores
 
+from retrikt_ray.knowledge import log
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Predictor
+from retrikt_ray.runtime.folders import Folder
 
 QUERY = "a zebra film"
 
@@ -35,6 +37,16 @@ def store_of(served: Replica) -> dict[str, int]:
 def expected(run: str) -> dict[str, float]:
     """What a Predictor that is opened now answers."""
     return named(Predictor.open(run).predict(QUERY).answers[0])
+
+
+def test_an_edit_waits_for_another_process_and_is_refused(run: str, served: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "WAIT_S", 0.2)
+    body = {"rows": [{"id": "new-1", "text": QUERY, "label": "negative"}]}
+    with log.writing(Folder.at(run)):
+        answer = served.request("PUT", "/knowledge", json=body)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5" and answer.json()["code"] == "overloaded"
+    assert "pid" not in answer.text and "process" in answer.json()["error"]
+    assert served.request("PUT", "/knowledge", json=body).status_code == 200
 
 
 def test_edits_are_seen_at_once(run: str, served: Replica) -> None:

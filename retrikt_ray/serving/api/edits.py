@@ -15,6 +15,7 @@ import numpy as np
 from retrikt_ray.knowledge.edit import Change, UnknownRow
 from retrikt_ray.knowledge.knowledge import VersionError
 from retrikt_ray.predictor import Prediction
+from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.opened import Opened, record
@@ -67,6 +68,11 @@ async def edited(endpoint: Endpoint, opened: Opened, work: Callable[[], Any]) ->
         raise Refusal(404, plain(opened, error), "ids that GET /knowledge tells") from None
     except TextError as error:
         raise Refusal(422, error.found, error.expected) from None
+    except (LeaseHeld, LeaseLost):  # who has it is for the log of its owner
+        again = "the same request some seconds later"
+        raise Refusal(
+            503, "another process has the right to edit this knowledge; nothing was written", again, {"Retry-After": "5"}
+        ) from None
     except ConfigError as error:
         raise Refusal(422, plain(opened, error), "rows with text, and label or teacher_probs or neither") from None
     finally:
