@@ -307,4 +307,4 @@ def test_50_rounds_of_two_editors_lose_nothing(drill: Drill) -> None:
 def test_50_rounds_of_two_drivers_lose_nothing(drill: Drill) -> None:
     counts = drive_again_and_again(drill, 50)
     print(f"\n50 rounds of two drivers: {dict(counts)}")
-    assert min(counts[k] for k in ("killed", "paused", "refused", "taken over", "lost")) > 5
+    assert min(counts[k] for k in ("killed", "paused", "refused", "taken over")) > 5 and counts["lost"] > 0
