@@ -113,6 +113,7 @@ def test_without_trl_the_extra_is_named_before_anything_is_done(monkeypatch: pyt
             begin()
 
 
+@pytest.mark.slow
 def test_two_workers_of_ray_train_do_what_one_does(cluster, start, base: lm.Base, root: Folder, tmp_path: Path) -> None:
     """Three are asked for, of which two get equal shares of eight texts. A minibatch is all texts, so that it does not matter which of them a worker has."""
     c = config(steps=2, workers=3, cpus_per_worker=1)

@@ -290,6 +290,7 @@ def test_two_editors_lose_nothing(drill: Drill) -> None:
     assert counts["edits"] and counts["told who holds it"] == counts["refused"] + counts["lost"]
 
 
+@pytest.mark.slow  # a minute
 def test_two_drivers_lose_nothing(drill: Drill) -> None:
     assert drive_again_and_again(drill, 1)["seals"] >= 3
 
