@@ -38,7 +38,7 @@ quickstart: install ## The whole run on the packaged task and language model, of
 test: install-dev ## All tests but the slow and GPU ones, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install-dev ## The slow tests
+test-slow: install-dev $(VENV)-openapi/.done ## The slow tests
 	$(BIN)/python -m pytest -m slow
 
 $(VENV)-openapi/.done: # an environment of its own: it asks for another typer than the hub's client

@@ -219,17 +219,24 @@ def test_sigkill_in_the_other_stages(run: pipeline.Run, tmp_path: Path, stage: s
         assert artifacts.check(other.artifact(output), deep=True).content == artifacts.check(run.artifact(output)).content
 
 
+def made_twice(run: pipeline.Run, tmp_path: Path, settings: config.RunConfig, stage: str, begun: str) -> artifacts.Manifest:
+    """Run a stage after teach undisturbed, and killed and resumed: what both made is the same."""
+    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
+    for other in (whole, killed):
+        pipeline.open_run(other.folder.uri, settings)
+    pipeline.run_all(pipeline.load_run(whole.folder.uri), only=stage)
+    kill_and_resume(Path(killed.folder.uri), stage, begun)
+    output = pipeline.BY_NAME[stage].outputs[0]
+    made = artifacts.check(killed.artifact(output), deep=True)
+    assert made.content == artifacts.check(whole.artifact(output)).content
+    return made
+
+
 @pytest.mark.slow
 def test_sigkill_in_reinforcement_by_trl_resumes_to_the_same_prompt(run: pipeline.Run, tmp_path: Path) -> None:
     keys = {"algorithm": "grpo", "steps": 6}
     settings = run.config.model_copy(update={"reinforce": run.config.reinforce.model_copy(update=keys)})
-    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
-    for other in (whole, killed):
-        pipeline.open_run(other.folder.uri, settings)
-    pipeline.run_all(pipeline.load_run(whole.folder.uri), only="reinforce")
-    kill_and_resume(Path(killed.folder.uri), "reinforce", ".scratch/reinforce-*/grpo/checkpoint*/state.json")
-    made = artifacts.check(killed.artifact("policy"), deep=True)
-    assert made.content == artifacts.check(whole.artifact("policy")).content
+    made_twice(run, tmp_path, settings, "reinforce", ".scratch/reinforce-*/grpo/checkpoint*/state.json")
 
 
 @pytest.mark.slow
@@ -241,13 +248,7 @@ def test_sigkill_in_harvest_resumes_to_the_same_passages(run: pipeline.Run, tmp_
     )
     prepare = run.config.prepare.model_copy(update={"corpus": str(corpus)})
     settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"candidates": 1500})})
-    whole, killed = (copied(run, tmp_path / name, keep=("task", "teacher")) for name in ("whole", "killed"))
-    for other in (whole, killed):
-        pipeline.open_run(other.folder.uri, settings)
-    pipeline.run_all(pipeline.load_run(whole.folder.uri), only="harvest")
-    kill_and_resume(Path(killed.folder.uri), "harvest", ".scratch/harvest-*/sifted-*.parquet")
-    made = artifacts.check(killed.artifact("harvested"), deep=True)
-    assert made.content == artifacts.check(whole.artifact("harvested")).content and made.rows["part"] > 500
+    assert made_twice(run, tmp_path, settings, "harvest", ".scratch/harvest-*/sifted-*.parquet").rows["part"] > 500
 
 
 def test_pairs_and_regression_with_an_encoder_on_an_object_store(

@@ -10,7 +10,7 @@ from making.tasks import tiny, write_corpus, write_task
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.config import RunConfig
-from retrikt_ray.estimate.estimate import FILE, afterwards, estimate, shrunk
+from retrikt_ray.estimate.estimate import FILE, MOVED, afterwards, estimate, shrunk, tokens
 
 
 def test_the_small_run_has_the_same_models_and_fewer_texts_and_passes() -> None:
@@ -23,6 +23,15 @@ def test_the_small_run_has_the_same_models_and_fewer_texts_and_passes() -> None:
         {"prepare": {"data": "x"}, "generate": {"rows": 50}, "teach": {"prompt_epochs": 1}, "reinforce": {"steps": 0}}
     )
     assert shrunk(few, 4, 2).generate.rows == 50 and shrunk(few, 4, 2).teach.prompt_epochs == 1 and shrunk(few, 4, 2).reinforce.steps == 0
+
+
+def test_what_more_iterations_may_change_is_in_doubt(run: pipeline.Run) -> None:
+    steps = run.config.reinforce.steps
+    same, more = (
+        run.config.model_copy(update={"reinforce": run.config.reinforce.model_copy(update={"steps": n})}) for n in (steps, steps + 1)
+    )
+    (count, doubt), (still, wider) = tokens(run, same), tokens(run, more)
+    assert still == count and wider - doubt == pytest.approx(MOVED * count, abs=1)
 
 
 def test_afterwards_the_run_says_how_far_off_it_was(run: pipeline.Run) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from retrikt_ray.knowledge.edit import Change, UnknownRow
-from retrikt_ray.knowledge.knowledge import VersionError
+from retrikt_ray.knowledge.knowledge import Knowledge, VersionError
 from retrikt_ray.predictor import Prediction
 from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
@@ -84,28 +84,25 @@ def plain(opened: Opened, error: Exception) -> str:
     return str(error).replace(str(opened.predictor.knowledge.places.run), "the run")
 
 
-def told(opened: Opened, change: Change) -> dict[str, Any]:
-    return {"version": f"{opened.predictor.release}.{change.version}", "ids": change.ids, "before": change.before}
-
-
 async def put(endpoint: Endpoint, rows: list[Any], version: str | None) -> dict[str, Any]:
     """Add rows, or put them in place of those that have their ids."""
     limit(endpoint, rows, "rows")
-    opened = endpoint.opened
-    number = number_of(opened, version)
-    change = told(opened, await edited(endpoint, opened, lambda: opened.predictor.knowledge.put(rows, number)))
-    endpoint.metrics.edits.labels("put").inc()
-    return change
+    return await changed(endpoint, "put", version, lambda knowledge, number: knowledge.put(rows, number))
 
 
 async def delete(endpoint: Endpoint, ids: list[str], version: str | None) -> dict[str, Any]:
     """Delete rows, all or none."""
     limit(endpoint, ids, "ids")
+    return await changed(endpoint, "delete", version, lambda knowledge, number: knowledge.delete(ids, number))
+
+
+async def changed(endpoint: Endpoint, kind: str, version: str | None, work: Callable[[Knowledge, int | None], Change]) -> dict[str, Any]:
+    """What an edit did. version: that it was made for; kind: as it is counted."""
     opened = endpoint.opened
     number = number_of(opened, version)
-    change = told(opened, await edited(endpoint, opened, lambda: opened.predictor.knowledge.delete(ids, number)))
-    endpoint.metrics.edits.labels("delete").inc()
-    return change
+    change: Change = await edited(endpoint, opened, lambda: work(opened.predictor.knowledge, number))
+    endpoint.metrics.edits.labels(kind).inc()
+    return {"version": f"{opened.predictor.release}.{change.version}", "ids": change.ids, "before": change.before}
 
 
 async def preview(endpoint: Endpoint, rows: list[Any], ids: list[str], texts: list[Text]) -> dict[str, Any]:
