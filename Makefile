@@ -7,7 +7,7 @@ PORT ?= 8000
 RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-algorithms bench-lexical bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
+.PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-annotator bench-algorithms bench-lexical bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
   bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
 
 help: ## This list
@@ -102,6 +102,9 @@ bench-estimate: install ## `retrikt estimate` of three configs, and what their r
 
 bench-reinforce: install ## Peak memory of an iteration of reinforcement beside plain generation, vocabulary of 152k
 	$(BIN)/python -m jobs.bench_reinforce
+
+bench-annotator: install ## Peak memory, checkpoint and time of tuning an annotator of 0.1B parameters whole and by low-rank adapters
+	$(BIN)/python -m jobs.bench_annotator
 
 bench-algorithms: install-dev ## Supervised prompt, PPO, RLOO and GRPO at equal numbers of texts, on the quick start's prompt
 	$(BIN)/python -m jobs.bench_algorithms

@@ -2,8 +2,11 @@
 
 Three kinds behind one face:
   prompt    the frozen base LM, a soft prompt in front of the text, a linear head
-  base      a copy of the base LM, fine-tuned whole, with a linear head
-  <path>    any encoder or LM (`AutoModel`), fine-tuned whole, with a linear head: often the best annotator
+  base      a copy of the base LM, fine-tuned, with a linear head
+  <path>    any encoder or LM (`AutoModel`), fine-tuned, with a linear head: often the best annotator
+
+Fine-tuned means whole, in float32, for encoders and for LMs below LORA_FROM parameters. Larger LMs stay frozen in their own dtype and learn
+low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of all their linear layers.
 
 The head of an encoder reads the mean of its last states. The head of an LM reads three things at once (concat pooling, after Howard & Ruder
 2018, section 3.3): the mean token embedding, and the mean and maximum of the states of its middle layer, where an LM knows most of the text
@@ -12,6 +15,7 @@ and least of the next token. docs/lab-notes.md has the figures.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.teacher.base import Base, model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
+LORA_FROM = 100_000_000  # parameters of an LM from which on it learns adapters: whole, Adam holds 16 bytes a parameter, and a checkpoint 12
+LORA_RANK = 16
 TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
 
 
@@ -36,15 +42,48 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
+def backbone_path(kind: str, base: str) -> str:
+    """Where the annotator's backbone is before training: the base, or what `kind` names."""
+    return model_path(base if kind in ("prompt", "base") else kind)
+
+
 def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Maximum over the real tokens, 0 where there is none. hidden (B, T, d), mask (B, T) -> (B, d)."""
     best = hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
     return torch.where(mask.any(1, keepdim=True), best, torch.zeros_like(best))
 
 
-def is_lm(backbone: Any) -> bool:
-    """Whether the checkpoint was trained as a causal LM."""
-    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in backbone.config.architectures or [])
+def is_lm(config: Any) -> bool:
+    """Whether a checkpoint was trained as a causal LM."""
+    return any(name.endswith(("CausalLM", "LMHeadModel")) for name in config.architectures or [])
+
+
+def learns_adapters(path: str) -> bool:
+    """Whether the backbone in this folder or of this hub id is an LM too large to be tuned whole. Reads no weights."""
+    config = AutoConfig.from_pretrained(path)
+    if not is_lm(config):
+        return False
+    with torch.device("meta"):
+        return int(AutoModel.from_config(config).num_parameters()) >= LORA_FROM
+
+
+def with_adapters(backbone: Any) -> Any:
+    """The backbone, frozen, with float32 adapters of all its linear layers, which change nothing until they are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(backbone, LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear"))
+
+
+def save_adapters(backbone: Any, folder: Path) -> None:
+    """In PEFT's layout: `PeftModel.from_pretrained(backbone, folder)` loads them."""
+    from peft import get_peft_model_state_dict
+
+    config = backbone.peft_config["default"].to_dict() | {"inference_mode": True}
+    folder.mkdir()
+    tensors = get_peft_model_state_dict(backbone, save_embedding_layers=False)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT has a set there, and an artifact should have one order
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
 class Annotator(nn.Module):
@@ -75,12 +114,18 @@ class Annotator(nn.Module):
     @staticmethod
     def start(kind: str, base: str, dtype: str, outputs: int, soft_tokens: int, max_tokens: int) -> Annotator:
         """An annotator before training. kind: `prompt`, `base`, or a model folder or hub id."""
-        device = pick_device()
-        path = model_path(base if kind in ("prompt", "base") else kind)
-        trained = kind != "prompt"  # weights that an optimizer updates stay float32
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if trained else pick_dtype(dtype, device))
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        return Annotator(backbone, tokenizer, outputs, 0 if trained else soft_tokens, max_tokens, is_lm(backbone)).to(device)
+        device, path = pick_device(), backbone_path(kind, base)
+        tuned, adapted = kind != "prompt", kind != "prompt" and learns_adapters(path)
+        whole = tuned and not adapted  # weights that an optimizer updates stay float32
+        backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if whole else pick_dtype(dtype, device))
+        concat, tokenizer = is_lm(backbone.config), AutoTokenizer.from_pretrained(path)
+        backbone = with_adapters(backbone) if adapted else backbone
+        return Annotator(backbone, tokenizer, outputs, 0 if tuned else soft_tokens, max_tokens, concat).to(device)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether training changes adapters of the backbone, and not the backbone."""
+        return hasattr(self.backbone, "peft_config")
 
     @property
     def device(self) -> torch.device:
@@ -153,17 +198,19 @@ class Annotator(nn.Module):
         return self.temperature
 
     def trained(self) -> dict[str, Tensor]:
-        """Everything that training changed, beside the backbone's own weights where those are frozen."""
-        frozen = self.soft is not None
-        return {k: v for k, v in self.state_dict().items() if not (frozen and k.startswith("backbone."))}
+        """Everything that training changes: all but the weights that are frozen."""
+        frozen = {k for k, v in self.named_parameters(remove_duplicate=False) if not v.requires_grad}
+        return {k: v for k, v in self.state_dict().items() if k not in frozen}
 
     def save(self, out: Folder, kind: str, base: str, dtype: str) -> None:
-        """`classifier/`: head.safetensors and classifier.json, and for fine-tuned backbones `backbone/` in Hugging Face layout."""
+        """`classifier/`: head.safetensors and classifier.json; `backbone/` in Hugging Face layout where it was tuned whole, or `adapter/` in PEFT's."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
             save_file(tensors, folder / "head.safetensors")
-            if self.soft is None:
+            if self.adapted:
+                save_adapters(self.backbone, folder / "adapter")
+            elif self.soft is None:
                 self.backbone.save_pretrained(folder / "backbone")
                 self.tokenizer.save_pretrained(folder / "backbone")
             (out / "classifier").upload(folder)
@@ -183,10 +230,16 @@ class Annotator(nn.Module):
         """The trained annotator of a `teacher/` artifact. base: its frozen base where it is there already; a `prompt` annotator then reads with it."""
         card = (teacher / "classifier").read_json("classifier.json")
         folder = teacher.local() / "classifier"
-        path = str(folder / "backbone") if card["soft_tokens"] == 0 else model_path(card["base"])
+        whole = folder / "backbone"
+        path = str(whole) if whole.exists() else backbone_path(card["kind"], card["base"])
         device = pick_device()
         shared = base is not None and card["kind"] == "prompt"
         backbone = base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
+        if (folder / "adapter").exists():
+            from peft import PeftModel
+
+            # Merged, they cost a text nothing, and the size of the teacher is the base's.
+            backbone = PeftModel.from_pretrained(backbone, folder / "adapter").merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(path)
         made = Annotator(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -21,7 +21,12 @@ from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, texts_of
 
-VERSION = 4
+if TYPE_CHECKING:
+    import torch
+
+    from retrikt_ray.teacher.annotator import Annotator
+
+VERSION = 5
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 
@@ -40,7 +45,7 @@ class TeachConfig(Scaled):
     )
     annotator: str = Field(
         "base",
-        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (fine-tuned copy of the base), or the folder or hub id of an encoder that is fine-tuned.",
+        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (a fine-tuned copy of the base; from 100M parameters on low-rank adapters of it), or the folder or hub id of an encoder that is fine-tuned.",
     )
     shared_tokens: int = Field(8, ge=1, description="Soft tokens that all conditions share (they learn the domain).")
     class_tokens: int = Field(8, ge=1, description="Soft tokens of each condition (they learn the label).")
@@ -55,7 +60,7 @@ class TeachConfig(Scaled):
     annotator_learning_rate: float = Field(
         0,
         ge=0,
-        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 1e-4 for backbones below 100M parameters, else 2e-5.",
+        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 3e-4 for low-rank adapters, 1e-4 for backbones below 100M parameters, else 2e-5.",
     )
     annotator_batch: int = Field(16, ge=1, description="Texts per step for the annotator.")
     annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
@@ -108,6 +113,21 @@ def prompt_loop(config: dict[str, Any]) -> None:
         prompts.save_prompts(config["out"], prompt(), c.base)
 
 
+def annotator_optimizer(model: Annotator, rate: float) -> torch.optim.Optimizer:
+    """rate: peak learning rate of the backbone; 0: by how it is tuned."""
+    import torch
+
+    if not rate:
+        rate = 1e-2 if model.soft is not None else 3e-4 if model.adapted else 1e-4 if model.parameter_count < 100e6 else 2e-5
+    embeddings = model.backbone.get_input_embeddings().weight
+    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not embeddings and not n.startswith("head.")]
+    groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
+    if embeddings.requires_grad:
+        # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
+        groups.append({"params": [embeddings], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, weight_decay=0.01)
+
+
 def annotator_loop(config: dict[str, Any]) -> None:
     """Fine-tune the annotator (in a Ray Train worker) and write `classifier/`."""
     import torch
@@ -126,14 +146,7 @@ def annotator_loop(config: dict[str, Any]) -> None:
     if outputs == 1:
         model.shift.copy_(values.mean())
         model.scale.copy_(values.std().clamp(min=1e-6))
-    rate = c.annotator_learning_rate or (1e-2 if c.annotator == "prompt" else 1e-4 if model.parameter_count < 100e6 else 2e-5)
-    embeddings = model.backbone.get_input_embeddings().weight
-    body = [p for n, p in model.named_parameters() if p.requires_grad and p is not embeddings and not n.startswith("head.")]
-    groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
-    if embeddings.requires_grad:
-        # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
-        groups.append({"params": [embeddings], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimizer = annotator_optimizer(model, c.annotator_learning_rate)
     batches = list(training.epoch_batches(len(texts), c.annotator_batch, c.annotator_epochs, config["seed"]))
     session = training.Session(config, optimizer, model.trained(), len(batches))
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn.functional import layer_norm
 from torch.testing import assert_close
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.task.texts import Text
-from retrikt_ray.teacher.annotator import Annotator, is_lm, max_pool, mean_pool
+from retrikt_ray.teacher import annotator
+from retrikt_ray.teacher.annotator import Annotator, is_lm, learns_adapters, max_pool, mean_pool
 
 TEXTS: list[Text] = [
     ("a fine film", None),
@@ -24,19 +28,21 @@ TEXTS: list[Text] = [
 PAIRS: list[Text] = [("a fine film", "a warm play"), ("dull", "the cast was very fine and the plot brave"), ("never slow", "cold")]
 
 
-@pytest.fixture(params=["prompt", "base", "encoder"])
+@pytest.fixture(params=["prompt", "base", "adapters", "encoder"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def start(tiny_lm: str, tiny_encoder: str):
-    """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config."""
+def start(tiny_lm: str, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch):
+    """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config. `adapters`: `base`, as if it were large."""
 
-    def make(kind: str, outputs: int = 3, max_tokens: int = 16) -> tuple[Annotator, str]:
+    def make(kind: str, outputs: int = 3, max_tokens: int = 16, base: str = tiny_lm, dtype: str = "auto") -> tuple[Annotator, str]:
         torch.manual_seed(4)
-        name = tiny_encoder if kind == "encoder" else kind
-        model = Annotator.start(name, tiny_lm, "auto", outputs, 5, max_tokens)
+        if kind == "adapters":
+            monkeypatch.setattr(annotator, "LORA_FROM", 0)
+        name = {"encoder": tiny_encoder, "adapters": "base"}.get(kind, kind)
+        model = Annotator.start(name, base, dtype, outputs, 5, max_tokens)
         torch.nn.init.normal_(model.head.weight, std=0.1)
         torch.nn.init.normal_(model.head.bias)
         if model.soft is not None:
@@ -57,7 +63,7 @@ def test_max_pool() -> None:
 
 
 def test_is_lm(start) -> None:
-    assert [is_lm(start(k)[0].backbone) for k in ("prompt", "base", "encoder")] == [True, True, False]
+    assert [is_lm(start(k)[0].backbone.config) for k in ("prompt", "base", "encoder")] == [True, True, False]
 
 
 def test_an_encoder_head_reads_the_mean_of_the_last_states(start) -> None:
@@ -162,9 +168,9 @@ def test_only_the_prompt_kind_is_frozen(start, kind: str) -> None:
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {"head.weight", "head.bias"} < trainable
     assert any(n.startswith("backbone.") for n in trainable) == (kind != "prompt")
-    assert any(n.startswith("backbone.") for n in model.trained()) == (kind != "prompt")
-    own = {"soft", "head.weight", "head.bias", "shift", "scale"}
-    assert own - set(model.trained()) == (set() if kind == "prompt" else {"soft"})
+    assert all("lora" in n for n in trainable if n.startswith("backbone.")) == (kind in ("prompt", "adapters"))
+    assert set(model.trained()) == trainable | {"shift", "scale"}
+    assert ("soft" in trainable) == (kind == "prompt")
     model.train()
     model(*model.encode(TEXTS))[0].sum().backward()
     assert all(p.grad is not None for p in ([model.soft] if kind == "prompt" else []))
@@ -187,15 +193,17 @@ def test_save_and_load(start, kind: str, where: str, tmp_path: Path, tiny_lm: st
     with torch.no_grad():  # as if trained
         if kind != "prompt":
             for p in model.backbone.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+                if p.requires_grad:
+                    p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     folder = Folder.at(tmp_path / "teacher") if where == "disk" else Folder.at(f"memory://{tmp_path}/teacher")
     model.save(folder, name, tiny_lm, "auto")
     again = Annotator.load(folder)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
-    assert again.max_tokens == 16 and again.parameter_count == model.parameter_count
-    has_backbone = any(n.startswith("classifier/backbone/") for n in folder.files())
-    assert has_backbone == (kind != "prompt")  # a frozen backbone is not written again
+    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5 if kind == "adapters" else 1e-6)
+    own = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)  # adapters are merged
+    assert again.max_tokens == 16 and again.parameter_count == own
+    parts = {n.split("/")[1] for n in folder.files() if n.count("/") == 2}  # a frozen backbone is not written again
+    assert parts == {"prompt": set(), "adapters": {"adapter"}}.get(kind, {"backbone"})
     assert not any(n.endswith((".bin", ".pt", ".pkl")) for n in folder.files())
 
 
@@ -219,3 +227,96 @@ def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> No
     again = Annotator.load(folder)
     assert (again.shift.item(), again.scale.item()) == (2.5, 1.5)
     assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_large_language_models_learn_adapters(tiny_lm: str, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From so many parameters on; the tiny one has 32 a token, 20,608 in two layers, and 32 in the last norm."""
+    count = 32 * len(AutoTokenizer.from_pretrained(tiny_lm)) + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    assert not learns_adapters(tiny_lm)  # far below 100M
+    for least, wanted in ((count, True), (count + 1, False)):
+        monkeypatch.setattr(annotator, "LORA_FROM", least)
+        assert learns_adapters(tiny_lm) is wanted
+    monkeypatch.setattr(annotator, "LORA_FROM", 0)
+    assert not learns_adapters(tiny_encoder)
+
+
+def test_untrained_adapters_change_no_answer(start) -> None:
+    model, whole = start("adapters")[0], start("base")[0]
+    assert model.adapted  # and so is `whole`, as the threshold is still 0
+    plain = AutoModel.from_pretrained(model.backbone.config.name_or_path)
+    whole.backbone = plain
+    for one, other in zip(model.annotate(TEXTS), whole.annotate(TEXTS), strict=True):
+        assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Its layers keep their weights the other way round, (in, out)."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    torch.manual_seed(2)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3))
+    folder = tmp_path_factory.mktemp("tiny_gpt2")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_adapters_by_hand(start, family: str, tiny_lm: str, tiny_gpt2: str, tmp_path: Path) -> None:
+    """Every linear layer has a pair of matrices, and loaded, its weight is W + B A; nothing else is written, and nothing else changes."""
+    base = tiny_lm if family == "llama" else tiny_gpt2
+    model, name = start("adapters", base=base)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n:
+                p.normal_(std=0.1, generator=torch.Generator().manual_seed(len(n)))
+    model.save(Folder.at(tmp_path), name, base, "auto")
+    files = {n for n in Folder.at(tmp_path).files() if "tokenizer" not in n}
+    adapter = "classifier/adapter/"
+    assert files == {
+        f"{adapter}adapter_config.json",
+        f"{adapter}adapter_model.safetensors",
+        "classifier/classifier.json",
+        "classifier/head.safetensors",
+    }
+    written = load_file(tmp_path / adapter / "adapter_model.safetensors")
+    # rank 16 for each input and output of four matrices of 32 x 32 and three of 32 x 64; of GPT-2's 32 x 96, 32 x 32, and two of 32 x 128
+    each = 16 * (4 * 64 + 3 * 96) if family == "llama" else 16 * (128 + 64 + 2 * 160)
+    assert sum(t.numel() for t in written.values()) == 2 * each
+    before, after = AutoModel.from_pretrained(base).state_dict(), Annotator.load(Folder.at(tmp_path)).backbone.state_dict()
+    assert before.keys() == after.keys()
+    changed = set()
+    for key, weight in before.items():
+        pair = [written.get(f"base_model.model.{key.removesuffix('weight')}lora_{side}.weight") for side in "AB"]
+        if pair[0] is None:
+            assert torch.equal(after[key], weight), key
+        else:
+            changed.add(key)
+            update = pair[1] @ pair[0]
+            assert_close(after[key], weight + (update if family == "llama" else update.T), rtol=0, atol=1e-6)
+            assert update.abs().max() > 0.05
+    assert len(changed) == (14 if family == "llama" else 8)
+    assert_close(Annotator.load(Folder.at(tmp_path)).annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5)
+    again = PeftModel.from_pretrained(AutoModel.from_pretrained(base), str(tmp_path / adapter)).eval()  # as anyone would load it
+    ids, mask = model.encode(TEXTS)
+    with torch.inference_mode():
+        assert_close(again(ids, mask).last_hidden_state, model.backbone(ids, mask).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_a_base_with_adapters_stays_in_its_own_dtype(start) -> None:
+    """What an optimizer updates is float32."""
+    model, _ = start("adapters", dtype="bfloat16")
+    found = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    assert found == {(False, torch.bfloat16), (True, torch.float32)}
+    model.train()
+    model(*model.encode(TEXTS))[0].sum().backward()
+    reached = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert reached and all(p.grad.isfinite().all() for n, p in model.named_parameters() if n in reached)
+
+
+def test_adapters_have_one_order_on_the_disk(start, tmp_path: Path, tiny_lm: str) -> None:
+    """PEFT keeps the layers' names in a set: an artifact's digest must not depend on Python's hashes."""
+    model, name = start("adapters")
+    model.save(Folder.at(tmp_path), name, tiny_lm, "auto")
+    names = Folder.at(tmp_path).read_json("classifier/adapter/adapter_config.json")["target_modules"]
+    assert names == sorted(names) and len(names) == 7

@@ -8,12 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from retrikt_ray.runtime import training
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.task.card import Task
-from retrikt_ray.teacher import lm
+from retrikt_ray.teacher import annotator, lm
 from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.prefix import run_prefix
 from retrikt_ray.teacher.prompts import load_prompts
@@ -97,8 +98,8 @@ def test_words_are_hidden_from_a_language_model_in_training(
         return forward(self, ids, mask)
 
     monkeypatch.setattr(Annotator, "forward", watched)
-    annotator = kind if kind == "base" else tiny_encoder
-    annotator_loop(settings(task, Folder.at(tmp_path / "teacher"), base=tiny_lm, annotator=annotator, annotator_epochs=4))
+    named = kind if kind == "base" else tiny_encoder
+    annotator_loop(settings(task, Folder.at(tmp_path / "teacher"), base=tiny_lm, annotator=named, annotator_epochs=4))
     assert len(hidden) == 8 and (sum(hidden) > 0) == (kind == "base")
 
 
@@ -111,3 +112,65 @@ def test_the_annotator_is_calibrated_and_told_of(tiny_encoder: str, task: Folder
     assert found["validation"] == 1.0 and found["parameters"] == model.parameter_count
     # On rows that it was trained on it is always right, so the sharpest temperature there is fits best.
     assert found["temperature"] == model.temperature == 0.5
+
+
+class Killed(Alone):
+    """Leaves a checkpoint after some steps, and ends."""
+
+    left: dict[str, torch.Tensor]
+
+    def __init__(self, config: dict[str, Any], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> None:
+        super().__init__(config, optimizer, tensors, total)
+        Killed.left, self.folder = tensors, config["out"].local()
+
+    def done(self, step: int, note: str = "") -> None:
+        if step == 3:
+            save_file({k: v.detach().clone() for k, v in Killed.left.items()}, self.folder / "tensors.safetensors")
+            save_file(training.optimizer_state(self.optimizer), self.folder / "optimizer.safetensors")
+            (self.folder / "state.json").write_text('{"step": 3, "notes": {}}')
+            raise KeyboardInterrupt
+
+
+class Resumed(Alone):
+    """Begins at the checkpoint."""
+
+    def __init__(self, config: dict[str, Any], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> None:
+        super().__init__(config, optimizer, tensors, total)
+        self.tensors = tensors
+        training.Session._restore(self, config["out"].local())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_that_were_killed_and_resumed_are_the_same(
+    dtype: str, tiny_lm: str, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; and a checkpoint holds no weight of the base."""
+    monkeypatch.setattr(annotator, "LORA_FROM", 0)
+    keys = {"base": tiny_lm, "dtype": dtype, "annotator_epochs": 4}
+    whole, killed = Folder.at(tmp_path / "whole"), Folder.at(tmp_path / "killed")
+    (tmp_path / "killed").mkdir()
+    annotator_loop(settings(task, whole, **keys))
+    monkeypatch.setattr(training, "Session", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        annotator_loop(settings(task, killed, **keys))
+    kept = {n for n in Killed.left if "lora" not in n}
+    assert kept == {"head.weight", "head.bias", "shift", "scale"} and len(Killed.left) == 4 + 2 * 14
+    monkeypatch.setattr(training, "Session", Resumed)
+    annotator_loop(settings(task, killed, **keys))
+    for name in ("head.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "classifier.json"):
+        assert killed.read_bytes(f"classifier/{name}") == whole.read_bytes(f"classifier/{name}"), name
+    trained = load_file(tmp_path / "whole/classifier/adapter/adapter_model.safetensors")
+    assert any(t.abs().max() > 1e-3 for n, t in trained.items() if "lora_B" in n)  # they begin at 0
+
+
+def test_adapters_learn(tiny_lm: str, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the head alone does: with a rate of nearly nothing for the adapters the loss on the rows stays higher."""
+    monkeypatch.setattr(annotator, "LORA_FROM", 0)
+    texts, truth = [(text, None) for text in BAD + GOOD], torch.tensor([0] * 4 + [1] * 4)
+    losses = []
+    for name, rate in (("head", 1e-9), ("adapters", 0.0)):
+        teacher = Folder.at(tmp_path / name)
+        annotator_loop(settings(task, teacher, base=tiny_lm, annotator_epochs=30, annotator_learning_rate=rate))
+        probs = Annotator.load(teacher).annotate(texts)[0]
+        losses.append(torch.nn.functional.nll_loss(probs.log(), truth).item())
+    assert losses[1] < 0.5 * losses[0] and losses[1] < 0.1

@@ -1,0 +1,94 @@
+"""Peak memory, checkpoint and time of tuning an annotator whole and by low-rank adapters: `python -m jobs.bench_annotator [--tiny]`.
+
+A base with random weights, about 0.1B parameters of which 78M are token vectors (`bench_reinforce`), and texts of 64 tokens, 16 a step; two classes. Each side
+has a process of its own, on one thread: the annotator is made as `teach` makes it, from a folder of float32 weights, and takes five steps of its training. Memory
+is what PyTorch held at most on a GPU; on a CPU what the process held at most, less what it held before the weights were there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from jobs.bench_reinforce import held, random_base
+from retrikt_ray.runtime import training
+from retrikt_ray.runtime.training import Solo, optimizer_state
+from retrikt_ray.teacher import annotator
+from retrikt_ray.teacher.annotator import Annotator
+from retrikt_ray.teacher.teach import annotator_optimizer
+
+TOKENS, TEXTS, STEPS = 64, 16, 5
+SIDES = {
+    "whole, float32": ("whole", "float32"),
+    "adapters, float32": ("adapters", "float32"),
+    "adapters, bfloat16": ("adapters", "bfloat16"),
+}
+
+
+def side(folder: str, way: str, dtype: str) -> dict[str, float]:
+    """One side, here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    annotator.LORA_FROM = 0 if way == "adapters" else 10**12
+    before = held(device)
+    model = Annotator.start("base", folder, dtype, 2, 0, TOKENS)
+    solo = Solo(annotator_optimizer(model, 0), STEPS, 0)
+    texts = [(" ".join(f"word{i} {step}" for step in range(TOKENS)), None) for i in range(TEXTS)]
+    target = torch.arange(TEXTS, device=device) % 2
+    took: list[float] = []
+
+    def loss_of(_: int, rows: list[int]) -> tuple[torch.Tensor, str]:
+        took.append(time.perf_counter())
+        model.train()
+        return cross_entropy(model(*model.encode([texts[row] for row in rows]))[0], target[rows]), ""
+
+    training.run(solo, [list(range(TEXTS))] * STEPS, loss_of)
+    saved = [*model.trained().values(), *optimizer_state(solo.optimizer).values()]
+    return {
+        "peak_mb": held(device) - before,
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "checkpoint_mb": sum(t.numel() * t.element_size() for t in saved) / 1e6,
+        "seconds": min(b - a for a, b in itertools.pairwise(took)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tiny", action="store_true", help="a small model")
+    parser.add_argument("--side", nargs=3, metavar=("FOLDER", "WAY", "DTYPE"), help="one side only, as JSON")
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(side(*options.side)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base = random_base("tiny" if options.tiny else "0.1B", torch.device("cpu"))
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        print(
+            "| | trained parameters | peak memory, MB | bytes a parameter of the base | checkpoint, MB | s a step |\n|---|---|---|---|---|---|"
+        )
+        for name, (way, dtype) in SIDES.items():
+            command = [sys.executable, "-m", "jobs.bench_annotator", "--side", folder, way, dtype]
+            # Freed memory goes back at once, so that the most that was held is the most that was in use.
+            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            f = json.loads(done.stdout.splitlines()[-1])
+            memory = f"{f['peak_mb']:,.0f} | {1e6 * f['peak_mb'] / f['parameters']:.1f}"
+            print(f"| {name} | {f['trained']:,} | {memory} | {f['checkpoint_mb']:,.0f} | {f['seconds']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
