@@ -12,13 +12,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from making.tasks import tiny, write_corpus, write_pair_regression
+from making.tasks import tiny, write_corpus, write_pair_regression, write_task
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from retrikt_ray import config, pipeline
+from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.predictor import Prediction
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.teacher.annotator import Annotator
 
 REPO = Path(__file__).resolve().parents[1]
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
@@ -249,6 +253,47 @@ def test_sigkill_in_harvest_resumes_to_the_same_passages(run: pipeline.Run, tmp_
     prepare = run.config.prepare.model_copy(update={"corpus": str(corpus)})
     settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"candidates": 1500})})
     assert made_twice(run, tmp_path, settings, "harvest", ".scratch/harvest-*/sifted-*.parquet").rows["part"] > 500
+
+
+@pytest.fixture(scope="module")
+def wide_lm(tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a Llama of 102.4M parameters, nearly all of them vectors of tokens that its tokenizer does not know: as large as it is quick."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=398_000, tie_word_embeddings=True, initializer_range=0.1, **sizes, **special))
+    folder = tmp_path_factory.mktemp("wide_lm")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_a_large_base_as_annotator(cluster: None, wide_lm: str, tmp_path: Path) -> None:
+    """Its adapters are trained, killed and resumed to the same files, and label texts, test rows, and rows that are added later."""
+    teach = {"annotator_epochs": 16, "dtype": "bfloat16"}
+    sections = {
+        "prepare": {"data": str(write_task(tmp_path / "data")), "n_per_class": 8},
+        "generate": {"rows": 8},
+        "reinforce": {"steps": 0},
+    }
+    text = yaml.safe_dump(tiny(wide_lm, **sections, teach=teach, distill={"size": 0.0005, "epochs": 1}))
+    whole, killed = (pipeline.open_run(str(tmp_path / name), config.parse(text, "test")) for name in ("whole", "killed"))
+    pipeline.run_all(whole, only="prepare")
+    pipeline.run_all(killed, only="prepare")
+    pipeline.run_all(whole)
+    kill_and_resume(Path(killed.folder.uri), "teach", ".scratch/teach-*/annotator/checkpoint*/state.json")
+    teacher = whole.artifact("teacher")
+    assert artifacts.check(killed.artifact("teacher"), deep=True).content == artifacts.check(teacher).content
+    written = sum(f.stat().st_size for f in Path(teacher.uri, "classifier").rglob("*") if f.is_file())
+    assert (Path(teacher.uri) / "classifier/adapter/adapter_model.safetensors").exists() and written < 1e6  # of a base of 205 MB
+    report = whole.artifact("report").read_json("report.json")
+    assert report["teacher"]["parameters"] > 100e6 and report["teacher"]["name"] == "base"
+    (code,) = Knowledge.open(whole.folder).add([{"text": "storm and cake again"}])
+    row = Knowledge.open(whole.folder).view
+    asked = Annotator.load(teacher).annotate([("storm and cake again", None)])[0][0]
+    assert row.row(row.find([code])[code])["teacher_probs"] == pytest.approx(asked.tolist(), abs=1e-6)
 
 
 def test_pairs_and_regression_with_an_encoder_on_an_object_store(
