@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoTokenizer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from jobs.bench_reinforce import held, random_base
 from retrikt_ray.runtime import training
 from retrikt_ray.runtime.training import Solo, optimizer_state
-from retrikt_ray.teacher import annotator
 from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.teach import annotator_optimizer
 
@@ -41,9 +41,12 @@ def side(folder: str, way: str, dtype: str) -> dict[str, float]:
     """One side, here."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    annotator.LORA_FROM = 0 if way == "adapters" else 10**12
     before = held(device)
-    model = Annotator.start("base", folder, dtype, 2, 0, TOKENS)
+    if way == "adapters":
+        model = Annotator.start("base", folder, dtype, 2, 0, TOKENS)
+    else:
+        backbone, tokenizer = AutoModel.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+        model = Annotator(backbone, tokenizer, 2, 0, TOKENS, True).to(device)
     solo = Solo(annotator_optimizer(model, 0), STEPS, 0)
     texts = [(" ".join(f"word{i} {step}" for step in range(TOKENS)), None) for i in range(TEXTS)]
     target = torch.arange(TEXTS, device=device) % 2

@@ -12,10 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from making.tasks import tiny, write_corpus, write_pair_regression, write_task
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from making.tasks import tiny, write_corpus, write_pair_regression
+from transformers import AutoModel
 
 from retrikt_ray import config, pipeline
 from retrikt_ray.knowledge.knowledge import Knowledge
@@ -85,6 +84,20 @@ def test_a_changed_config_makes_its_stage_stale_and_scale_does_not(run: pipeline
     assert states["annotate"] == "done" and states["distill"] == "stale"
     scaled = pipeline.Run(run.folder, run.config.model_copy(update={"generate": run.config.generate.model_copy(update={"workers": 7})}))
     assert scaled.status(pipeline.BY_NAME["generate"]) == "done"
+
+
+def test_a_row_without_a_label_is_labelled_by_the_adapters_of_the_run(run: pipeline.Run, tmp_path: Path, tiny_lm: str) -> None:
+    """The teacher's folder holds no weight of the base, which is found where it was."""
+    other = copied(run, tmp_path / "edited", keep=("task", "teacher", "store", "student", "index"))
+    written = {f.name for f in (tmp_path / "edited" / "teacher" / "classifier").rglob("*.safetensors")}
+    assert written == {"adapter_model.safetensors", "head.safetensors"}
+    knowledge = Knowledge.open(other.folder)
+    (code,) = knowledge.add([{"text": "storm and cake again"}])
+    asked = Annotator.load(run.artifact("teacher")).annotate([("storm and cake again", None)])[0][0]
+    found = knowledge.view.row(knowledge.view.find([code])[code])
+    assert found["teacher_probs"] == pytest.approx(asked.tolist(), abs=1e-6)
+    plain = AutoModel.from_pretrained(tiny_lm).num_parameters()
+    assert run.artifact("report").read_json("report.json")["teacher"]["parameters"] == plain + 2 * (3 * 32) + 2  # and the head
 
 
 def test_one_and_two_workers_make_the_same_store(run: pipeline.Run, tmp_path: Path) -> None:
@@ -206,6 +219,7 @@ def test_sigkill_in_distill_resumes_to_the_same_weights(run: pipeline.Run, tmp_p
     ("stage", "keep", "begun"),
     [
         ("teach", ("task",), ".scratch/teach-*/prompt/checkpoint*/state.json"),
+        ("teach", ("task",), ".scratch/teach-*/annotator/checkpoint*/state.json"),
         ("reinforce", ("task", "teacher"), ".scratch/reinforce-*/rloo/checkpoint*/state.json"),
         ("annotate", ("task", "teacher", "generated"), ".scratch/annotate-*/part-*.parquet"),
         ("index", ("task", "store", "student"), ".scratch/index-*/part-*.parquet"),
@@ -253,47 +267,6 @@ def test_sigkill_in_harvest_resumes_to_the_same_passages(run: pipeline.Run, tmp_
     prepare = run.config.prepare.model_copy(update={"corpus": str(corpus)})
     settings = run.config.model_copy(update={"prepare": prepare, "harvest": run.config.harvest.model_copy(update={"candidates": 1500})})
     assert made_twice(run, tmp_path, settings, "harvest", ".scratch/harvest-*/sifted-*.parquet").rows["part"] > 500
-
-
-@pytest.fixture(scope="module")
-def wide_lm(tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a Llama of 102.4M parameters, nearly all of them vectors of tokens that its tokenizer does not know: as large as it is quick."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
-    special = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=398_000, tie_word_embeddings=True, initializer_range=0.1, **sizes, **special))
-    folder = tmp_path_factory.mktemp("wide_lm")
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.slow
-def test_a_large_base_as_annotator(cluster: None, wide_lm: str, tmp_path: Path) -> None:
-    """Its adapters are trained, killed and resumed to the same files, and label texts, test rows, and rows that are added later."""
-    teach = {"annotator_epochs": 16, "dtype": "bfloat16"}
-    sections = {
-        "prepare": {"data": str(write_task(tmp_path / "data")), "n_per_class": 8},
-        "generate": {"rows": 8},
-        "reinforce": {"steps": 0},
-    }
-    text = yaml.safe_dump(tiny(wide_lm, **sections, teach=teach, distill={"size": 0.0005, "epochs": 1}))
-    whole, killed = (pipeline.open_run(str(tmp_path / name), config.parse(text, "test")) for name in ("whole", "killed"))
-    pipeline.run_all(whole, only="prepare")
-    pipeline.run_all(killed, only="prepare")
-    pipeline.run_all(whole)
-    kill_and_resume(Path(killed.folder.uri), "teach", ".scratch/teach-*/annotator/checkpoint*/state.json")
-    teacher = whole.artifact("teacher")
-    assert artifacts.check(killed.artifact("teacher"), deep=True).content == artifacts.check(teacher).content
-    written = sum(f.stat().st_size for f in Path(teacher.uri, "classifier").rglob("*") if f.is_file())
-    assert (Path(teacher.uri) / "classifier/adapter/adapter_model.safetensors").exists() and written < 1e6  # of a base of 205 MB
-    report = whole.artifact("report").read_json("report.json")
-    assert report["teacher"]["parameters"] > 100e6 and report["teacher"]["name"] == "base"
-    (code,) = Knowledge.open(whole.folder).add([{"text": "storm and cake again"}])
-    row = Knowledge.open(whole.folder).view
-    asked = Annotator.load(teacher).annotate([("storm and cake again", None)])[0][0]
-    assert row.row(row.find([code])[code])["teacher_probs"] == pytest.approx(asked.tolist(), abs=1e-6)
 
 
 def test_pairs_and_regression_with_an_encoder_on_an_object_store(

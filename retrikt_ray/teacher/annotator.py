@@ -2,11 +2,11 @@
 
 Three kinds behind one face:
   prompt    the frozen base LM, a soft prompt in front of the text, a linear head
-  base      a copy of the base LM, fine-tuned, with a linear head
+  base      the base LM, fine-tuned, with a linear head
   <path>    any encoder or LM (`AutoModel`), fine-tuned, with a linear head: often the best annotator
 
-Fine-tuned means whole, in float32, for encoders and for LMs below LORA_FROM parameters. Larger LMs stay frozen in their own dtype and learn
-low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of all their linear layers.
+An encoder is fine-tuned whole, in float32. An LM stays frozen in its own dtype and learns low-rank adapters (LoRA, Hu et al. 2021, arXiv
+2106.09685) of all its linear layers: less memory at any size, and better labels at the only one that could be tried.
 
 The head of an encoder reads the mean of its last states. The head of an LM reads three things at once (concat pooling, after Howard & Ruder
 2018, section 3.3): the mean token embedding, and the mean and maximum of the states of its middle layer, where an LM knows most of the text
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import dropout, layer_norm
@@ -31,7 +32,6 @@ from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.teacher.base import Base, model_path, pick_device, pick_dtype
 
 HEAD_DROPOUT = 0.2
-LORA_FROM = 100_000_000  # parameters of an LM from which on it learns adapters: whole, Adam holds 16 bytes a parameter, and a checkpoint 12
 LORA_RANK = 16
 TEMPERATURES = [round(0.5 * 1.1**i, 3) for i in range(33)]  # 0.5 to 10.6
 
@@ -42,15 +42,15 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
-def backbone_path(kind: str, base: str) -> str:
-    """Where the annotator's backbone is before training: the base, or what `kind` names."""
-    return model_path(base if kind in ("prompt", "base") else kind)
-
-
 def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     """Maximum over the real tokens, 0 where there is none. hidden (B, T, d), mask (B, T) -> (B, d)."""
     best = hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
     return torch.where(mask.any(1, keepdim=True), best, torch.zeros_like(best))
+
+
+def backbone_path(kind: str, base: str) -> str:
+    """Where the annotator's backbone is before training: the base, or what `kind` names."""
+    return model_path(base if kind in ("prompt", "base") else kind)
 
 
 def is_lm(config: Any) -> bool:
@@ -58,32 +58,19 @@ def is_lm(config: Any) -> bool:
     return any(name.endswith(("CausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
-def learns_adapters(path: str) -> bool:
-    """Whether the backbone in this folder or of this hub id is an LM too large to be tuned whole. Reads no weights."""
-    config = AutoConfig.from_pretrained(path)
-    if not is_lm(config):
-        return False
-    with torch.device("meta"):
-        return int(AutoModel.from_config(config).num_parameters()) >= LORA_FROM
-
-
 def with_adapters(backbone: Any) -> Any:
     """The backbone, frozen, with float32 adapters of all its linear layers, which change nothing until they are trained."""
-    from peft import LoraConfig, get_peft_model
-
     return get_peft_model(backbone, LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear"))
 
 
 def save_adapters(backbone: Any, folder: Path) -> None:
     """In PEFT's layout: `PeftModel.from_pretrained(backbone, folder)` loads them."""
-    from peft import get_peft_model_state_dict
-
     config = backbone.peft_config["default"].to_dict() | {"inference_mode": True}
     folder.mkdir()
     tensors = get_peft_model_state_dict(backbone, save_embedding_layers=False)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
     config["target_modules"] = sorted(config["target_modules"])  # PEFT has a set there, and an artifact should have one order
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 class Annotator(nn.Module):
@@ -115,12 +102,12 @@ class Annotator(nn.Module):
     def start(kind: str, base: str, dtype: str, outputs: int, soft_tokens: int, max_tokens: int) -> Annotator:
         """An annotator before training. kind: `prompt`, `base`, or a model folder or hub id."""
         device, path = pick_device(), backbone_path(kind, base)
-        tuned, adapted = kind != "prompt", kind != "prompt" and learns_adapters(path)
-        whole = tuned and not adapted  # weights that an optimizer updates stay float32
-        backbone = AutoModel.from_pretrained(path, dtype=torch.float32 if whole else pick_dtype(dtype, device))
-        concat, tokenizer = is_lm(backbone.config), AutoTokenizer.from_pretrained(path)
-        backbone = with_adapters(backbone) if adapted else backbone
-        return Annotator(backbone, tokenizer, outputs, 0 if tuned else soft_tokens, max_tokens, concat).to(device)
+        prompted, lm = kind == "prompt", is_lm(AutoConfig.from_pretrained(path))
+        # Weights that an optimizer updates stay float32.
+        backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(dtype, device) if prompted or lm else torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        backbone = with_adapters(backbone) if lm and not prompted else backbone
+        return Annotator(backbone, tokenizer, outputs, soft_tokens if prompted else 0, max_tokens, lm).to(device)
 
     @property
     def adapted(self) -> bool:
@@ -203,7 +190,7 @@ class Annotator(nn.Module):
         return {k: v for k, v in self.state_dict().items() if k not in frozen}
 
     def save(self, out: Folder, kind: str, base: str, dtype: str) -> None:
-        """`classifier/`: head.safetensors and classifier.json; `backbone/` in Hugging Face layout where it was tuned whole, or `adapter/` in PEFT's."""
+        """`classifier/`: head.safetensors and classifier.json; `backbone/` in Hugging Face layout where it was tuned whole, `adapter/` in PEFT's."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items() if not k.startswith("backbone.")}
@@ -236,8 +223,6 @@ class Annotator(nn.Module):
         shared = base is not None and card["kind"] == "prompt"
         backbone = base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
         if (folder / "adapter").exists():
-            from peft import PeftModel
-
             # Merged, they cost a text nothing, and the size of the teacher is the base's.
             backbone = PeftModel.from_pretrained(backbone, folder / "adapter").merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(path)

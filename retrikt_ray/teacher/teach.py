@@ -45,7 +45,7 @@ class TeachConfig(Scaled):
     )
     annotator: str = Field(
         "base",
-        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (a fine-tuned copy of the base; from 100M parameters on low-rank adapters of it), or the folder or hub id of an encoder that is fine-tuned.",
+        description="Who labels the texts: `prompt` (frozen base, soft prompt, head), `base` (frozen base, low-rank adapters, head), or the folder or hub id of an encoder that is fine-tuned.",
     )
     shared_tokens: int = Field(8, ge=1, description="Soft tokens that all conditions share (they learn the domain).")
     class_tokens: int = Field(8, ge=1, description="Soft tokens of each condition (they learn the label).")
@@ -60,7 +60,7 @@ class TeachConfig(Scaled):
     annotator_learning_rate: float = Field(
         0,
         ge=0,
-        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`, 3e-4 for low-rank adapters, 1e-4 for backbones below 100M parameters, else 2e-5.",
+        description="Peak learning rate of the annotator. 0: 1e-2 for `prompt`; 1e-3 for the adapters of a language model below 100M parameters, 3e-4 above; 1e-4 and 2e-5 for encoders.",
     )
     annotator_batch: int = Field(16, ge=1, description="Texts per step for the annotator.")
     annotator_soft_tokens: int = Field(20, ge=1, description="Soft tokens in front of the text with `annotator: prompt`.")
@@ -117,14 +117,16 @@ def annotator_optimizer(model: Annotator, rate: float) -> torch.optim.Optimizer:
     """rate: peak learning rate of the backbone; 0: by how it is tuned."""
     import torch
 
-    if not rate:
-        rate = 1e-2 if model.soft is not None else 3e-4 if model.adapted else 1e-4 if model.parameter_count < 100e6 else 2e-5
+    large = model.parameter_count >= 100e6
+    if not rate and model.soft is not None:
+        rate = 1e-2
+    elif not rate:
+        rate = (3e-4 if large else 1e-3) if model.adapted else (2e-5 if large else 1e-4)
     embeddings = model.backbone.get_input_embeddings().weight
     body = [p for n, p in model.named_parameters() if p.requires_grad and p is not embeddings and not n.startswith("head.")]
     groups = [{"params": body, "lr": rate}, {"params": model.head.parameters(), "lr": max(rate, 3e-3)}]
     if embeddings.requires_grad:
-        # An LM's head also reads the plain embeddings, which must move far to become features of a label; an encoder's must not.
-        groups.append({"params": [embeddings], "lr": rate * (30 if model.concat else 1), "weight_decay": 0.0})
+        groups.append({"params": [embeddings], "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, weight_decay=0.01)
 
 

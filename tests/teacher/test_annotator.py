@@ -15,8 +15,7 @@ from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.task.texts import Text
-from retrikt_ray.teacher import annotator
-from retrikt_ray.teacher.annotator import Annotator, is_lm, learns_adapters, max_pool, mean_pool
+from retrikt_ray.teacher.annotator import Annotator, is_lm, max_pool, mean_pool
 
 TEXTS: list[Text] = [
     ("a fine film", None),
@@ -28,20 +27,18 @@ TEXTS: list[Text] = [
 PAIRS: list[Text] = [("a fine film", "a warm play"), ("dull", "the cast was very fine and the plot brave"), ("never slow", "cold")]
 
 
-@pytest.fixture(params=["prompt", "base", "adapters", "encoder"])
+@pytest.fixture(params=["prompt", "base", "encoder"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
 @pytest.fixture
-def start(tiny_lm: str, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch):
-    """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config. `adapters`: `base`, as if it were large."""
+def start(tiny_lm: str, tiny_encoder: str):
+    """Makes a classifier with a head wide enough for clear answers; returns it and the `kind` of the config."""
 
     def make(kind: str, outputs: int = 3, max_tokens: int = 16, base: str = tiny_lm, dtype: str = "auto") -> tuple[Annotator, str]:
         torch.manual_seed(4)
-        if kind == "adapters":
-            monkeypatch.setattr(annotator, "LORA_FROM", 0)
-        name = {"encoder": tiny_encoder, "adapters": "base"}.get(kind, kind)
+        name = tiny_encoder if kind == "encoder" else kind
         model = Annotator.start(name, base, dtype, outputs, 5, max_tokens)
         torch.nn.init.normal_(model.head.weight, std=0.1)
         torch.nn.init.normal_(model.head.bias)
@@ -163,12 +160,12 @@ def test_long_texts_are_cut(start, kind: str) -> None:
     assert mask[1].tolist() == sorted(mask[1].tolist(), reverse=True)  # padding is on the right
 
 
-def test_only_the_prompt_kind_is_frozen(start, kind: str) -> None:
+def test_what_is_trained(start, kind: str) -> None:
     model, _ = start(kind)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {"head.weight", "head.bias"} < trainable
     assert any(n.startswith("backbone.") for n in trainable) == (kind != "prompt")
-    assert all("lora" in n for n in trainable if n.startswith("backbone.")) == (kind in ("prompt", "adapters"))
+    assert all("lora" in n for n in trainable if n.startswith("backbone.")) == (kind in ("prompt", "base"))
     assert set(model.trained()) == trainable | {"shift", "scale"}
     assert ("soft" in trainable) == (kind == "prompt")
     model.train()
@@ -199,11 +196,11 @@ def test_save_and_load(start, kind: str, where: str, tmp_path: Path, tiny_lm: st
     model.save(folder, name, tiny_lm, "auto")
     again = Annotator.load(folder)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
-    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5 if kind == "adapters" else 1e-6)
+    assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5 if kind == "base" else 1e-6)
     own = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)  # adapters are merged
     assert again.max_tokens == 16 and again.parameter_count == own
     parts = {n.split("/")[1] for n in folder.files() if n.count("/") == 2}  # a frozen backbone is not written again
-    assert parts == {"prompt": set(), "adapters": {"adapter"}}.get(kind, {"backbone"})
+    assert parts == {"prompt": set(), "base": {"adapter"}}.get(kind, {"backbone"})
     assert not any(n.endswith((".bin", ".pt", ".pkl")) for n in folder.files())
 
 
@@ -229,23 +226,12 @@ def test_save_and_load_of_a_regressor(start, tmp_path: Path, tiny_lm: str) -> No
     assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=1e-6)
 
 
-def test_large_language_models_learn_adapters(tiny_lm: str, tiny_encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From so many parameters on; the tiny one has 32 a token, 20,608 in two layers, and 32 in the last norm."""
-    count = 32 * len(AutoTokenizer.from_pretrained(tiny_lm)) + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
-    assert not learns_adapters(tiny_lm)  # far below 100M
-    for least, wanted in ((count, True), (count + 1, False)):
-        monkeypatch.setattr(annotator, "LORA_FROM", least)
-        assert learns_adapters(tiny_lm) is wanted
-    monkeypatch.setattr(annotator, "LORA_FROM", 0)
-    assert not learns_adapters(tiny_encoder)
-
-
-def test_untrained_adapters_change_no_answer(start) -> None:
-    model, whole = start("adapters")[0], start("base")[0]
-    assert model.adapted  # and so is `whole`, as the threshold is still 0
-    plain = AutoModel.from_pretrained(model.backbone.config.name_or_path)
-    whole.backbone = plain
-    for one, other in zip(model.annotate(TEXTS), whole.annotate(TEXTS), strict=True):
+def test_untrained_adapters_change_no_answer(start, tiny_lm: str) -> None:
+    model, _ = start("base")
+    assert model.adapted and not start("encoder")[0].adapted and not start("prompt")[0].adapted
+    answers = model.annotate(TEXTS)
+    model.backbone = AutoModel.from_pretrained(tiny_lm)
+    for one, other in zip(answers, model.annotate(TEXTS), strict=True):
         assert_close(one, other, rtol=0, atol=1e-6)
 
 
@@ -265,7 +251,7 @@ def tiny_gpt2(tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_adapters_by_hand(start, family: str, tiny_lm: str, tiny_gpt2: str, tmp_path: Path) -> None:
     """Every linear layer has a pair of matrices, and loaded, its weight is W + B A; nothing else is written, and nothing else changes."""
     base = tiny_lm if family == "llama" else tiny_gpt2
-    model, name = start("adapters", base=base)
+    model, name = start("base", base=base)
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n:
@@ -300,12 +286,13 @@ def test_adapters_by_hand(start, family: str, tiny_lm: str, tiny_gpt2: str, tmp_
     again = PeftModel.from_pretrained(AutoModel.from_pretrained(base), str(tmp_path / adapter)).eval()  # as anyone would load it
     ids, mask = model.encode(TEXTS)
     with torch.inference_mode():
-        assert_close(again(ids, mask).last_hidden_state, model.backbone(ids, mask).last_hidden_state, rtol=0, atol=1e-5)
+        read = {"input_ids": ids, "attention_mask": mask}
+        assert_close(again(**read).last_hidden_state, model.backbone(**read).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_a_base_with_adapters_stays_in_its_own_dtype(start) -> None:
     """What an optimizer updates is float32."""
-    model, _ = start("adapters", dtype="bfloat16")
+    model, _ = start("base", dtype="bfloat16")
     found = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert found == {(False, torch.bfloat16), (True, torch.float32)}
     model.train()
@@ -316,7 +303,7 @@ def test_a_base_with_adapters_stays_in_its_own_dtype(start) -> None:
 
 def test_adapters_have_one_order_on_the_disk(start, tmp_path: Path, tiny_lm: str) -> None:
     """PEFT keeps the layers' names in a set: an artifact's digest must not depend on Python's hashes."""
-    model, name = start("adapters")
+    model, name = start("base")
     model.save(Folder.at(tmp_path), name, tiny_lm, "auto")
     names = Folder.at(tmp_path).read_json("classifier/adapter/adapter_config.json")["target_modules"]
-    assert names == sorted(names) and len(names) == 7
+    assert names == sorted(names) and len(names) == 14

@@ -14,7 +14,7 @@ from retrikt_ray.runtime import training
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.training import Solo
 from retrikt_ray.task.card import Task
-from retrikt_ray.teacher import annotator, lm
+from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.prefix import run_prefix
 from retrikt_ray.teacher.prompts import load_prompts
@@ -145,8 +145,7 @@ def test_adapters_that_were_killed_and_resumed_are_the_same(
     dtype: str, tiny_lm: str, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit; and a checkpoint holds no weight of the base."""
-    monkeypatch.setattr(annotator, "LORA_FROM", 0)
-    keys = {"base": tiny_lm, "dtype": dtype, "annotator_epochs": 4}
+    keys = {"base": tiny_lm, "dtype": dtype, "annotator_epochs": 4, "annotator_learning_rate": 0.01}
     whole, killed = Folder.at(tmp_path / "whole"), Folder.at(tmp_path / "killed")
     (tmp_path / "killed").mkdir()
     annotator_loop(settings(task, whole, **keys))
@@ -163,14 +162,13 @@ def test_adapters_that_were_killed_and_resumed_are_the_same(
     assert any(t.abs().max() > 1e-3 for n, t in trained.items() if "lora_B" in n)  # they begin at 0
 
 
-def test_adapters_learn(tiny_lm: str, task: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_learn(tiny_lm: str, task: Folder, tmp_path: Path) -> None:
     """More than the head alone does: with a rate of nearly nothing for the adapters the loss on the rows stays higher."""
-    monkeypatch.setattr(annotator, "LORA_FROM", 0)
     texts, truth = [(text, None) for text in BAD + GOOD], torch.tensor([0] * 4 + [1] * 4)
     losses = []
-    for name, rate in (("head", 1e-9), ("adapters", 0.0)):
+    for name, rate in (("head", 1e-9), ("adapters", 3e-3)):  # at which the head has the same rate
         teacher = Folder.at(tmp_path / name)
-        annotator_loop(settings(task, teacher, base=tiny_lm, annotator_epochs=30, annotator_learning_rate=rate))
+        annotator_loop(settings(task, teacher, base=tiny_lm, annotator_epochs=16, annotator_learning_rate=rate))
         probs = Annotator.load(teacher).annotate(texts)[0]
         losses.append(torch.nn.functional.nll_loss(probs.log(), truth).item())
-    assert losses[1] < 0.5 * losses[0] and losses[1] < 0.1
+    assert losses[1] < 0.5 * losses[0]
