@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from retrikt_ray.runtime import training
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.training import Solo
+from retrikt_ray.runtime.training import Session, Solo
 from retrikt_ray.task.card import Task
 from retrikt_ray.teacher import lm
 from retrikt_ray.teacher.annotator import Annotator
@@ -137,7 +137,7 @@ class Resumed(Alone):
     def __init__(self, config: dict[str, Any], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> None:
         super().__init__(config, optimizer, tensors, total)
         self.tensors = tensors
-        training.Session._restore(self, config["out"].local())  # type: ignore[arg-type]
+        Session._restore(self, config["out"].local())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
