@@ -28,6 +28,7 @@ from torch.nn.functional import dropout, layer_norm
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.teacher.base import Base, model_path, pick_device, pick_dtype
 
@@ -214,18 +215,25 @@ class Annotator(nn.Module):
 
     @staticmethod
     def load(teacher: Folder, base: Base | None = None) -> Annotator:
-        """The trained annotator of a `teacher/` artifact. base: its frozen base where it is there already; a `prompt` annotator then reads with it."""
+        """The trained annotator of a `teacher/` artifact. base: its frozen base where it is there already; a `prompt` annotator then reads with it.
+
+        Raises ConfigError where the language model that it stands on is not to be found.
+        """
         card = (teacher / "classifier").read_json("classifier.json")
-        folder = teacher.local() / "classifier"
+        folder, device = teacher.local() / "classifier", pick_device()
         whole = folder / "backbone"
         path = str(whole) if whole.exists() else backbone_path(card["kind"], card["base"])
-        device = pick_device()
-        shared = base is not None and card["kind"] == "prompt"
-        backbone = base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            shared = base is not None and card["kind"] == "prompt"
+            backbone = (
+                base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
+            )
+        except OSError as error:
+            raise ConfigError(f"the annotator of {teacher} stands on {path!r}, which cannot be read here: {error}") from error
         if (folder / "adapter").exists():
             # Merged, they cost a text nothing, and the size of the teacher is the base's.
             backbone = PeftModel.from_pretrained(backbone, folder / "adapter").merge_and_unload()
-        tokenizer = AutoTokenizer.from_pretrained(path)
         made = Annotator(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         made.temperature = card.get("temperature", 1.0)

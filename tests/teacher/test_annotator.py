@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import Text
 from retrikt_ray.teacher.annotator import Annotator, is_lm, max_pool, mean_pool
 
@@ -307,3 +309,13 @@ def test_adapters_have_one_order_on_the_disk(start, tmp_path: Path, tiny_lm: str
     model.save(Folder.at(tmp_path), name, tiny_lm, "auto")
     names = Folder.at(tmp_path).read_json("classifier/adapter/adapter_config.json")["target_modules"]
     assert names == sorted(names) and len(names) == 14
+
+
+def test_a_base_that_is_not_there_any_more_is_named(start, tmp_path: Path, tiny_lm: str) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_lm, moved)
+    model, name = start("base", base=str(moved))
+    model.save(Folder.at(tmp_path / "teacher"), name, str(moved), "auto")
+    shutil.rmtree(moved)
+    with pytest.raises(ConfigError, match=r"the annotator of .*/teacher stands on '.*/moved', which cannot be read here"):
+        Annotator.load(Folder.at(tmp_path / "teacher"))
