@@ -61,34 +61,46 @@ def side(folder: str, way: str, dtype: str) -> dict[str, float]:
     saved = [*model.trained().values(), *optimizer_state(solo.optimizer).values()]
     return {
         "peak_mb": held(device) - before,
-        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "parameters": sum(p.numel() for n, p in model.backbone.named_parameters() if "lora" not in n),
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "checkpoint_mb": sum(t.numel() * t.element_size() for t in saved) / 1e6,
         "seconds": min(b - a for a, b in itertools.pairwise(took)),
     }
 
 
+def make(folder: str, shape: str) -> None:
+    base = random_base(shape, torch.device("cpu"))
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+
+
+def apart(*arguments: str) -> str:
+    """What this program says, run in a process of its own. One that had held a model would hand the most that it held on to its children."""
+    # Freed memory goes back at once, so that the most that was held is the most that was in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-m", "jobs.bench_annotator", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true", help="a small model")
+    parser.add_argument("--make", nargs=2, metavar=("FOLDER", "SHAPE"), help="write the base")
     parser.add_argument("--side", nargs=3, metavar=("FOLDER", "WAY", "DTYPE"), help="one side only, as JSON")
     options = parser.parse_args()
+    if options.make:
+        make(*options.make)
+        return
     if options.side:
         print(json.dumps(side(*options.side)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        base = random_base("tiny" if options.tiny else "0.1B", torch.device("cpu"))
-        base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        apart("--make", folder, "tiny" if options.tiny else "0.1B")
         print(
             "| | trained parameters | peak memory, MB | bytes a parameter of the base | checkpoint, MB | s a step |\n|---|---|---|---|---|---|"
         )
         for name, (way, dtype) in SIDES.items():
-            command = [sys.executable, "-m", "jobs.bench_annotator", "--side", folder, way, dtype]
-            # Freed memory goes back at once, so that the most that was held is the most that was in use.
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-            f = json.loads(done.stdout.splitlines()[-1])
+            f = json.loads(apart("--side", folder, way, dtype).splitlines()[-1])
             memory = f"{f['peak_mb']:,.0f} | {1e6 * f['peak_mb'] / f['parameters']:.1f}"
             print(f"| {name} | {f['trained']:,} | {memory} | {f['checkpoint_mb']:,.0f} | {f['seconds']:.2f} |", flush=True)
 
