@@ -121,7 +121,8 @@ class Annotator(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """As it answers, with adapters merged."""
+        return sum(p.numel() for name, p in self.named_parameters() if "lora_" not in name)
 
     def encode(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, right-padded, (B, T) each. LMs see a pair as two lines, encoders in their own pair format."""
