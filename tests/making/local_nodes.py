@@ -67,12 +67,12 @@ class LocalNodes:
 
 
 @contextmanager
-def local_nodes(workers: int) -> Iterator[LocalNodes]:
-    """Nodes in processes of their own, and an object store beside them."""
+def local_nodes(workers: int, more: dict[str, str] | None = None) -> Iterator[LocalNodes]:
+    """Nodes in processes of their own, and an object store beside them. more: of the nodes' environment."""
     from ray.cluster_utils import Cluster
 
     with s3_server() as settings:
-        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])} | (more or {})
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # which the nodes inherit
         dashboard, agent = free_ports(2)
