@@ -39,12 +39,14 @@ class PartWriter:
         self.annotator = Annotator.load(teacher)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        chunks = zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)
-        return {"rows": [self.write(int(part), Folder(str(uri)), str(name), int(start)) for part, uri, name, start in chunks]}
+        chunks = zip(*(batch[k] for k in ("part", "uri", "name", "start", "rows")), strict=True)
+        return {
+            "rows": [self.write(int(part), Folder(str(uri)), str(name), int(start), int(rows)) for part, uri, name, start, rows in chunks]
+        }
 
-    def write(self, part: int, source: Folder, name: str, start: int) -> int:
-        """Annotate rows start .. start + CHUNK of one source file: those with a text first, then the empty ones."""
-        rows = source.read_table(name).slice(start, CHUNK).to_pylist()
+    def write(self, part: int, source: Folder, name: str, start: int, count: int) -> int:
+        """Annotate `count` rows of one source file, from `start`: those with a text first, then the empty ones."""
+        rows = rows_at(source, name, start, count).to_pylist()
         usable, empty = [r for r in rows if has_text(r)], [r for r in rows if not has_text(r)]
         if usable:
             probs, embeddings = self.annotator.annotate([(r["text"], r["text_pair"]) for r in usable], self.config.batch)
@@ -54,17 +56,26 @@ class PartWriter:
         return len(rows)
 
 
+def rows_at(folder: Folder, name: str, start: int, count: int) -> pa.Table:
+    """Some rows of a file, of which no more row groups are read than they lie in."""
+    with folder.parquet(name) as file:
+        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        first, last = np.searchsorted(ends, (start, start + count - 1), "right")
+        before = int(ends[first - 1]) if first else 0
+        return file.read_row_groups(list(range(first, last + 1))).slice(start - before, count)
+
+
 def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
     """Chunks of all source files, in the order in which duplicates are resolved: task rows first, generated ones last."""
-    import pyarrow.parquet as pq
-
     chunks: list[dict[str, Any]] = []
-    files = [(inputs["task"], "train.parquet", "task"), (inputs["task"], "unlabelled.parquet", "unlabelled")]
+    sizes = {artifact: inputs[artifact].sizes() for artifact in ("task", *PARTS) if artifact in inputs}
+    files = [("task", "train.parquet", "task"), ("task", "unlabelled.parquet", "unlabelled")]
     for artifact, source in PARTS.items():
-        if artifact in inputs:
-            files += [(inputs[artifact], n, source) for n in inputs[artifact].files() if n.startswith("part-")]
-    for folder, name, source in files:
-        count = pq.read_metadata(pa.BufferReader(folder.read_bytes(name))).num_rows
+        files += [(artifact, name, source) for name in sorted(sizes.get(artifact, ())) if name.startswith("part-")]
+    for artifact, name, source in files:
+        folder = inputs[artifact]
+        with folder.parquet(name, sizes[artifact][name]) as file:
+            count = file.metadata.num_rows
         for start in range(0, count, CHUNK):
             chunks.append(
                 {"part": len(chunks), "uri": folder.uri, "name": name, "start": start, "source": source, "rows": min(CHUNK, count - start)}

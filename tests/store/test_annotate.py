@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.store.annotate import CHUNK, sources, write
+from retrikt_ray.store.annotate import CHUNK, rows_at, sources, write
 from retrikt_ray.store.decide import KEPT, REASONS, AnnotateConfig, decide
 from retrikt_ray.store.rows import ANNOTATED
 from retrikt_ray.task.card import Task
@@ -39,6 +39,13 @@ def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: An
         (3, "generated", "part-00001.parquet", 0, 3),
     ]
     assert pq.read_metadata(pa.BufferReader(Folder(chunks[1]["uri"]).read_bytes(chunks[1]["name"]))).num_rows == CHUNK + 1
+
+
+def test_rows_are_read_by_row_group(tmp_path: Any) -> None:
+    table = pa.table({"id": [str(i) for i in range(10)]})
+    pq.write_table(table, tmp_path / "some.parquet", row_group_size=4)
+    for start, count in ((0, 3), (3, 2), (4, 4), (7, 3), (9, 1), (0, 10)):
+        assert rows_at(Folder.at(tmp_path), "some.parquet", start, count)["id"].to_pylist() == [str(i) for i in range(start, start + count)]
 
 
 def record(code: str, text: str, condition: int | None, value: float | None) -> dict[str, Any]:
