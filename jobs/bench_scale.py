@@ -1,7 +1,7 @@
 """What each stage takes by the number of rows, on made-up ones: `python -m jobs.bench_scale`, or with sizes; `requests`: what S3 is asked.
 
 The commands are run as a user runs them (`retrikt annotate RUN` and so on), over a task, a teacher and generated texts that are made here: 8 to 24 words,
-a teacher of 64 dimensions with random weights that annotates thousands of rows a second, 20 labels. Watched from outside: the peak memory (PSS) of the
+a teacher of 64 dimensions with random weights that annotates thousands of rows a second, 20 labels. Watched from outside: the peak memory (RSS) of the
 driver, and of the largest of Ray's worker processes. `replica` is one that has opened the run and answers. Requests are the increase from one size to
 the next, as moto's server counts them.
 """
@@ -123,10 +123,10 @@ def replica(uri: str) -> None:
 
 
 def memory(process: psutil.Process) -> float:
-    """MB, shared pages shared out."""
+    """MB, libraries and mapped files that others have, too, included."""
     try:
-        return float(process.memory_full_info().pss) / 1e6
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return float(process.memory_info().rss) / 1e6
+    except psutil.NoSuchProcess:
         return 0.0
 
 
@@ -148,7 +148,7 @@ def watched(command: list[str], env: dict[str, str]) -> tuple[float, float, floa
         while started.poll() is None:
             driver = max(driver, memory(process))
             worker = max([worker, *(memory(child) for child in process.children(recursive=True) if is_worker(child))])
-            time.sleep(0.5)
+            time.sleep(0.2)
         reader.join()
     if started.returncode:
         sys.exit("".join(said))
