@@ -1,7 +1,7 @@
 """Why annotated rows do not enter the store: what speaks against a row by itself, and what the whole store does, which are duplicates.
 
 The first is found run by run of chunks, in parallel; then one task, or the driver where there is one run, holds numbers of all rows (their keys,
-shingles and hashes, some 400 bytes a row) and no Python object of any. What is decided is a function of the rows and their order alone.
+shingles and hashes, some 500 bytes a row) and no Python object of any. What is decided is a function of the rows and their order alone.
 """
 
 from __future__ import annotations
@@ -136,15 +136,19 @@ def resolve(parts: list[Judged], threshold: float) -> np.ndarray:
 
     A row that is rejected for its label keeps no later one out.
     """
-    rows = Judged.joined(parts)
-    reasons, likely = rows.reasons.copy(), np.flatnonzero(rows.reasons >= LOW)
-    reasons[likely[repeated(rows.keys[likely], reasons[likely] == KEPT)]] = DUPLICATE
+
+    def of_all(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    reasons, sizes = of_all("reasons"), of_all("sizes")
+    likely = np.flatnonzero(reasons >= LOW)
+    reasons[likely[repeated(of_all("keys")[likely], reasons[likely] == KEPT)]] = DUPLICATE
     if threshold < 1:
-        left, ends = np.flatnonzero(reasons == KEPT), np.cumsum(rows.sizes)
-        numbers = np.cumsum(rows.sizes > 0)[left] - 1  # of the left rows among those that have shingles
-        texts = Ragged(rows.shingles, ends[left] - rows.sizes[left], ends[left])
-        twins = near_duplicates(texts, rows.own[left], threshold, rows.bands[numbers])
-        reasons[left[twins >= 0]] = NEAR
+        left, ends = np.flatnonzero(reasons == KEPT), np.cumsum(sizes)
+        texts = Ragged(of_all("shingles"), ends[left] - sizes[left], ends[left])
+        by_part = np.split(reasons, np.cumsum([len(part.reasons) for part in parts])[:-1])
+        bands = np.concatenate([part.bands[some[part.sizes > 0] == KEPT] for part, some in zip(parts, by_part, strict=True)])
+        reasons[left[near_duplicates(texts, of_all("own")[left], threshold, bands) >= 0]] = NEAR
     return reasons
 
 
