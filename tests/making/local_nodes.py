@@ -63,8 +63,9 @@ class LocalNodes:
 
     def written(self, uri: str, kind: str) -> int:
         """Files below a URI, with this in their names, that were written so far; those that are gone again count, too."""
-        paths = (json.loads(line)["path"] for line in self.journal.read_text().splitlines()) if self.journal.exists() else ()
-        return sum(path.startswith(f"/{uri.removeprefix('s3://')}/") and kind in path for path in paths)
+        below = f'"path": "/{uri.removeprefix("s3://")}/'
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return sum(kind in json.loads(line)["path"] for line in lines if below in line)
 
     def at_work(self) -> list[Any]:
         """The nodes on which a worker of a stage is at work."""
