@@ -22,9 +22,11 @@ from retrikt_ray.task.corpus import files_of
 
 WAVES = 6  # shards that each worker writes in the small run: fewer say little about their rate
 UNLABELLED = 400  # texts of the domain in the small run
-MOVED = 0.3  # of a text's length, which iterations that the small run leaves out may change (TREC: from 15.7 to 11.4 tokens)
+MOVED = (
+    0.3  # of a text's length, which iterations that the small run leaves out may change (TREC: from 15.7 tokens after 4 to 11.4 after 16)
+)
 CANDIDATES, MEGABYTES = 2048, 8  # of a corpus there, the latter for each worker
-STEPS, STUDENT_STEPS = 16, 240  # of a training there, about; the student's are short
+STEPS, STUDENT_STEPS = 16, 240  # of a training or of reinforcement there, about; the student's are short
 PROMPT_STEPS = 128  # texts behind a prompt that has learnt little are longer or shorter than those of the run
 FILE = "estimate.json"
 
@@ -78,7 +80,7 @@ def shrunk(config: RunConfig, train: int, workers: int) -> RunConfig:
             "prompt_epochs": passes(t.prompt_epochs, train, t.prompt_batch, PROMPT_STEPS),
             "annotator_epochs": passes(t.annotator_epochs, train, t.annotator_batch),
         },
-        "reinforce": {"steps": min(config.reinforce.steps, 4)},
+        "reinforce": {"steps": min(config.reinforce.steps, STEPS)},
         "generate": {"rows": rows, "max_tokens": 0, "max_seconds": 0, "max_cost": 0},
         "harvest": {
             "rows": min(config.harvest.rows, CANDIDATES // 4),

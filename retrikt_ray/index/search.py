@@ -29,7 +29,7 @@ faiss.cvar.distance_compute_min_k_reservoir = 1
 
 
 class Search(Protocol):
-    """What answers dense queries: this process, Ray actors, or whatever gives the same answers."""
+    """What answers dense queries: this process, or others that hold shards."""
 
     missing: int  # holders of shards that the last search did without
 
@@ -38,10 +38,6 @@ class Search(Protocol):
 
         queries: (Q, width) unit float32. allowed: (rows,) bool, the rows that may be found; None: all.
         """
-        ...
-
-    def close(self) -> None:
-        """Give back what it holds."""
         ...
 
 
@@ -268,9 +264,6 @@ class Searcher:
         if not answers:
             answers = [(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))]
         return merge([a[1] for a in answers], [a[0] for a in answers], k)
-
-    def close(self) -> None:
-        """Nothing to do: files are unmapped with their last reader."""
 
 
 def longest(vectors: np.ndarray) -> float:

@@ -58,7 +58,7 @@ class Knowledge:
         self.signature: Any = None  # of the log that the view was read from
         self.current = False  # the view is of that log; else reading it failed, and the next look tries again
         self.looked = 0.0
-        self.lock = threading.RLock()  # held by who reads the log; hold it where a view must not lose its searcher to a new base
+        self.lock = threading.RLock()  # held by who reads the log; hold it where several answers must be from one view
         self.follow()
 
     @staticmethod
@@ -121,14 +121,8 @@ class Knowledge:
                     raise
 
     def open_base(self, log: Log | None) -> None:
-        old, self.base = self.base, None
-
-        def opener(index: Folder, threads: int) -> Any:
-            if old is not None:
-                old.searcher.close()  # first: actors of the new base may need the place of the old ones
-            return self.opener(index, threads)
-
-        self.base = open_base(self.places, log, self.student, self.threads, opener)
+        self.base = None  # where this fails, the next look tries again
+        self.base = open_base(self.places, log, self.student, self.threads, self.opener)
 
     # editing
 

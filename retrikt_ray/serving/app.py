@@ -13,18 +13,21 @@ from retrikt_ray.serving.api.guard import Keys
 from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import parse_args, parse_swap
 from retrikt_ray.serving.replica import Endpoint
+from retrikt_ray.serving.shards import ShardGroup
 
 PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries; a row's text, id and labels in memory
 
 
-def memory_of(run: Folder) -> int:
-    """Bytes that a replica is counted with, by the manifests of the run: the process, student and index, and the rows of the store."""
+def memory_of(run: Folder, groups: int) -> tuple[int, int]:
+    """Bytes that a replica is counted with, by the manifests of the run, and those of a group of shards: the process; student, index and the
+    rows of the store; the group's part of the shards."""
     try:
         files = [size["bytes"] for name in ("student", "index") for size in check(run / name, only=[]).files.values()]
+        shards = sum(shard["bytes"] for shard in (run / "index").read_json("index.json")["shards"]) if groups else 0
         rows = sum(check(run / "store", only=[]).rows.values())
     except (ArtifactError, OSError):  # not to be read from here: the replica will say why, or be on a node that can
-        return int(PROCESS_BYTES)
-    return int(PROCESS_BYTES + sum(files) + ROW_BYTES * rows)
+        return int(PROCESS_BYTES), int(PROCESS_BYTES)
+    return int(PROCESS_BYTES + sum(files) - shards + ROW_BYTES * rows), int(PROCESS_BYTES + shards / max(1, groups))
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -33,11 +36,24 @@ def build_app(args: dict[str, Any]) -> Any:
 
     parsed = parse_args(args)
     Keys.load(parsed)
-    parsed = parsed.model_copy(update={"run": Folder.at(parsed.run).uri})  # a replica's working directory is another
+    run = Folder.at(parsed.run)
+    parsed = parsed.model_copy(update={"run": run.uri})  # a replica's working directory is another
+    student_bytes, group_bytes = memory_of(run, parsed.shard_groups)
+    groups = [
+        serve.deployment(
+            name=f"Shards{number}",
+            ray_actor_options={"num_cpus": parsed.threads, "memory": group_bytes},
+            max_ongoing_requests=64,  # a batch each of so many replicas
+            health_check_period_s=5,
+            graceful_shutdown_wait_loop_s=0.2,
+            graceful_shutdown_timeout_s=5,
+        )(ServedShards).bind(number, parsed.shard_groups, parsed.threads)
+        for number in range(parsed.shard_groups)
+    ]
     deployment = serve.deployment(
         name="Endpoint",
         num_replicas=parsed.replicas,
-        ray_actor_options={"num_cpus": parsed.threads, "memory": memory_of(Folder.at(parsed.run))},
+        ray_actor_options={"num_cpus": parsed.threads, "memory": student_bytes},
         max_ongoing_requests=parsed.capacity + 16,  # beyond `capacity` the replica itself refuses, in JSON
         max_queued_requests=1000
         + parsed.capacity,  # of those on their way to a replica; a flood beyond it gets Ray's own 503, in plain text
@@ -49,11 +65,16 @@ def build_app(args: dict[str, Any]) -> Any:
         graceful_shutdown_timeout_s=5,  # an answer takes milliseconds
         logging_config={"enable_access_log": False},  # paths and queries are what users sent
     )(serve.ingress()(Served))
-    return deployment.bind(parsed.model_dump())
+    return deployment.bind(parsed.model_dump(), groups)
 
 
 class Served(Endpoint):
     """An Endpoint as Serve opens it."""
+
+    def __init__(self, args: dict[str, Any], groups: list[Any]) -> None:
+        for group in groups:
+            group._init(_run_router_in_separate_loop=True)  # it is asked from threads, in Serve's throughput mode, too
+        super().__init__(args, groups)
 
     async def reconfigure(self, user_config: Any) -> None:
         """Answer from the run that the config names. One that cannot be taken over is refused, which /info and the metrics tell.
@@ -73,17 +94,25 @@ class Served(Endpoint):
         await self.answers()
 
     def __serve_build_asgi_app__(self) -> Any:
-        import ray
-
-        if is_loopback(ray.util.get_node_ip_address()):
-            stay_on_loopback()
+        stay_on_loopback()
         return build_api(self, echo=False)
 
 
+class ServedShards(ShardGroup):
+    """A ShardGroup as Serve opens it."""
+
+    def __init__(self, number: int, groups: int, threads: int) -> None:
+        stay_on_loopback()
+        super().__init__(number, groups, threads)
+
+
 def stay_on_loopback() -> None:
-    """Have Serve open the port on which replicas call each other on the loopback. It would be all interfaces, whatever was asked for."""
+    """Where the node's address is the loopback, have Serve open the port there on which replicas call each other. It would be all interfaces."""
+    import ray
     from ray.serve._private import replica
 
+    if not is_loopback(ray.util.get_node_ip_address()):
+        return
     opened = replica.add_port_to_grpc_server
     replica.add_port_to_grpc_server = lambda server, address: opened(server, address.replace("[::]:", "127.0.0.1:"))
 

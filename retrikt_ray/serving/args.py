@@ -18,10 +18,13 @@ class ServeArgs(Section):
         1, ge=1, description="Replicas, each with its own student; the index is memory-mapped, or, if IVF of up to 1 GB, held by each."
     )
     threads: int = Field(1, ge=1, description="CPUs a replica reserves, and its torch and FAISS threads.")
-    shard_actors: int = Field(
-        0, ge=0, description="Ray actors of `threads` CPUs, beside each replica, that hold the shards. 0: the replica maps them all itself."
+    shard_groups: int = Field(
+        0,
+        ge=0,
+        description="Groups that the shards are split into, each a Serve deployment of `threads` CPUs (`Shards0`, ...) that all replicas ask. "
+        "0: each replica maps all shards itself.",
     )
-    shard_deadline_s: float = Field(5, gt=0, description="Seconds in which each of the shard_actors must have answered a batch.")
+    shard_deadline_s: float = Field(5, gt=0, description="Seconds in which each group of shards must have answered a batch.")
     missing_shards: Literal["refuse", "answer"] = Field(
         "refuse",
         description="Where some have not: refuse, with 503 and Retry-After, or answer without their rows, which the header "

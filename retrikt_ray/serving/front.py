@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from retrikt_ray.serving.api.wire import INTERRUPTED
@@ -18,14 +19,15 @@ AGAIN = "the same request a second later"
 
 
 class Fault(NamedTuple):
-    """Why there is no answer. All of them are 503 with Retry-After."""
+    """Why there is no answer, with when to come again."""
 
     error: str
     code: str
     expected: str
+    status: int = 503
 
     def body(self) -> bytes:
-        return json.dumps(self._asdict()).encode() + b"\n"
+        return json.dumps({"error": self.error, "code": self.code, "expected": self.expected}).encode() + b"\n"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         found = {
@@ -39,7 +41,7 @@ class Fault(NamedTuple):
     def page(self) -> bytes:
         """The answer as it goes over the wire, once."""
         head = b"".join(b"%s: %s\r\n" % header for header in self.headers())
-        return b"HTTP/1.1 503 Service Unavailable\r\n" + head + b"connection: close\r\n\r\n" + self.body()
+        return f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n".encode() + head + b"connection: close\r\n\r\n" + self.body()
 
 
 LOST = Fault("the replica ended while it worked on this", INTERRUPTED, f"{AGAIN}; an edit may have been made")
@@ -71,7 +73,7 @@ class Front:
 
         await self.app(scope, receive, sift)
         if not sent:
-            await send({"type": "http.response.start", "status": 503, "headers": fault.headers()})
+            await send({"type": "http.response.start", "status": fault.status, "headers": fault.headers()})
             await send({"type": "http.response.body", "body": fault.body()})
 
 

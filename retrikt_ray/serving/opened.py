@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from retrikt_ray.knowledge.actors import ActorSearcher
 from retrikt_ray.knowledge.view import Neighbour, View
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.runtime.folders import MANIFEST, Folder
@@ -20,6 +20,7 @@ from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.api.wire import RetrieveBody
 from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.metrics import UNKNOWN, Metrics
+from retrikt_ray.serving.shards import spread
 from retrikt_ray.task.texts import Text
 
 LEAST = 1e-9  # probability of which a logarithm is told: JSON has no infinity
@@ -42,14 +43,15 @@ class Answers:
 
     items: list[Any]
     version: str
-    missing: int = 0  # actors whose shards were not asked
+    missing: int = 0  # groups of shards that were not asked, or have not answered
 
 
 class Opened:
     """A run, the thread that opened it, and its answers. It never changes but for edits; another run is another one of these."""
 
-    def __init__(self, run: str, args: ServeArgs, metrics: Metrics, like: Opened | None = None) -> None:
-        """Open and verify. like: what clients have asked till now, where it is to answer them.
+    def __init__(self, run: str, args: ServeArgs, metrics: Metrics, groups: Sequence[Any] = (), like: Opened | None = None) -> None:
+        """Open and verify. groups: handles of the deployments that hold its shards; none: they are opened here. like: what clients have asked
+        till now, where it is to answer them.
 
         Raises ArtifactError and ConfigError as Predictor does, and where clients would have to ask otherwise.
         """
@@ -58,14 +60,13 @@ class Opened:
         # Thread counts of OpenMP belong to a thread, and fast tokenizers are not for two threads at once: one thread opens and answers.
         self.worker = ThreadPoolExecutor(1, "predictor")
         try:
-            self.predictor: Predictor = self.worker.submit(open_predictor, run, args, like).result()
+            self.predictor: Predictor = self.worker.submit(open_predictor, run, args, groups, like).result()
         except BaseException:
             self.worker.shutdown(wait=False)
             raise
 
     def close(self) -> None:
-        """After what it has been given to do; the actors of its shards end."""
-        self.worker.submit(self.predictor.knowledge.view.base.searcher.close)
+        """After what it has been given to do."""
         self.worker.shutdown(wait=False)
 
     def version(self, view: View) -> str:
@@ -78,7 +79,7 @@ class Opened:
         clock("queue")
         self.metrics.batches.observe(len(jobs))
         answers: list[Any] = [None] * len(jobs)
-        with self.predictor.knowledge.lock:  # a new base must not close the old one's searcher under us
+        with self.predictor.knowledge.lock:  # all answers of a batch are from one view
             self.predictor.knowledge.refresh()
             view = self.predictor.knowledge.view
             for indices in alike(jobs):
@@ -219,18 +220,13 @@ def records(found: list[list[Neighbour]]) -> list[list[dict[str, Any]]]:
     return [[record(row) for row in rows] for rows in found]
 
 
-def spread(args: ServeArgs, index: Folder, threads: int) -> ActorSearcher:
-    """The index in actors, as the args say."""
-    return ActorSearcher(index, args.shard_actors, threads, args.shard_deadline_s, args.missing_shards == "answer")
-
-
 def seals(run: str) -> list[Any]:
     """Of what the stages made: changes when it is made anew. None for what is not complete."""
     return [(Folder.at(run) / name).signature(MANIFEST) for name in ("task", "student", "store", "index")]
 
 
-def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Predictor:
-    """Open a run in the thread that will answer, and answer once: torch takes its time the first time. like: as for Opened."""
+def open_predictor(run: str, args: ServeArgs, groups: Sequence[Any], like: Opened | None) -> Predictor:
+    """Open a run in the thread that will answer, and answer once: torch takes its time the first time. groups, like: as for Opened."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -239,12 +235,9 @@ def open_predictor(run: str, args: ServeArgs, like: Opened | None = None) -> Pre
     folder = Folder.at(run)
     if folder.is_local:
         folder = Folder.at(Path(folder.uri).resolve())  # a link may lead elsewhere later
-    if not args.shard_actors:
-        opened = Predictor.open(folder, args.threads)
-    else:
-        opened = Predictor.open(folder, args.threads, opener=lambda *index: spread(args, *index))
+    opener = (lambda index, _: spread(groups, args, index)) if groups else None
+    opened = Predictor.open(folder, args.threads, opener=opener)
     if like and (opened.task.pair, opened.task.problem) != (like.predictor.task.pair, like.predictor.task.problem):
-        opened.knowledge.view.base.searcher.close()
         raise ConfigError(f"{run} is a task of another kind than the run that answers, and would have to be asked otherwise")
     opened.predict(("a", "a") if opened.task.pair else "a")
     return opened

@@ -16,12 +16,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from retrikt_ray.knowledge.actors import MissingShards
+from retrikt_ray.index.spread import MissingShards
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
@@ -89,15 +89,18 @@ def missing(error: MissingShards) -> Refusal:
 class Endpoint:
     """One replica."""
 
-    def __init__(self, args: dict[str, Any]) -> None:
-        self.args = ServeArgs(**args)
+    def __init__(self, args: dict[str, Any], groups: Sequence[Any] = ()) -> None:
+        """groups: handles of the deployments that hold the shards."""
+        self.args, self.groups = ServeArgs(**args), groups
+        if len(groups) != self.args.shard_groups:
+            raise ConfigError(f"shard_groups is {self.args.shard_groups}, and {len(groups)} are there: only Ray Serve starts them")
         self.active = self.editing = 0  # requests and edits that wait or are worked on
         self.metrics = Metrics()
         self.editor = ThreadPoolExecutor(1, "editor")  # a teacher that labels rows must not hold up answers
         self.batcher = Batcher(lambda: self.opened, self.args.max_batch)
         self.swapping = threading.Lock()
         self.refused: str | None = None  # why the run that was last offered is not the one that answers
-        self.opened = Opened(self.args.run, self.args, self.metrics)
+        self.opened = Opened(self.args.run, self.args, self.metrics, groups)
         self.metrics.taken.labels(self.predictor.release).set_to_current_time()
         if self.args.reload:
             threading.Thread(target=self.watch, daemon=True).start()
@@ -159,7 +162,7 @@ class Endpoint:
         """Answer from this run from now on, opened anew. False where it cannot be opened: nothing changes then, and `refused` says why."""
         with self.swapping:
             try:
-                fresh = Opened(run, self.args, self.metrics, like=self.opened)
+                fresh = Opened(run, self.args, self.metrics, self.groups, like=self.opened)
             except Exception as error:  # whatever is wrong with it: the run that answers goes on
                 self.refuse(run, error)
                 return False

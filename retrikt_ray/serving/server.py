@@ -23,18 +23,25 @@ from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving import metrics
 from retrikt_ray.serving.api.guard import ENVIRONMENT, Keys
+from retrikt_ray.serving.api.reading import CODES
 from retrikt_ray.serving.app import build_app, is_loopback
 from retrikt_ray.serving.args import ServeArgs, parse_args
-from retrikt_ray.serving.front import LATE, LOST, NOBODY
+from retrikt_ray.serving.front import LATE, LOST, NOBODY, Fault
 
 APP = "retrikt"
-FAULTS = {502: LOST, 503: NOBODY, 504: LATE}  # what HAProxy answers to a request, by what it would have answered
+FAULTS = {  # what HAProxy answers to a request, by what it would have answered
+    408: Fault("the request has not come in time", CODES[408], "a request that is sent at once", 408),
+    502: LOST,
+    503: NOBODY,
+    504: LATE,
+}
 # Ray writes HAProxy's configuration and starts it by this name, with `-db -f FILE`. What is taken out listens on all interfaces (statistics,
 # figures) or writes down what was asked (logs); a request's head must come in time; without a replica the answer is JSON with Retry-After.
+# What a replica was asked that ended before it said anything is asked again, for which HAProxy must have all of it; but an edit could be made twice.
 HAPROXY = r"""#!/bin/sh
 # $1 -db, $2 -f, $3 the configuration, then what else Ray says.
 sed -e '/^frontend prometheus/,/^frontend http_frontend/{{/^frontend http_frontend/!d}}' -e '/^listen stats/,$d' \
-  -e '/^ *log .* local[01] /d' -e '/^ *log-format-sd /d' -e 's|^defaults$|&\n    timeout http-request {deadline}s{errorfiles}|' \
+  -e '/^ *log .* local[01] /d' -e '/^ *log-format-sd /d' -e 's|^defaults$|&\n    timeout http-request {deadline}s\n    option http-buffer-request{errorfiles}|' \
   -e '/^ *errorfile /d' \
   -e 's/^    bind 127[.]0[.]0[.]1:{port}$/{binds}/' "$3" > "$3.bound" || exit 1
 config="$3.bound"
@@ -73,6 +80,7 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
     family, _, _, _, (host, port, *_) = address
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     asked = f"    bind {shown}:{port}"
+    once = "\\n    http-request disable-l7-retry if { method PUT DELETE }"
     binds = asked if host in ("127.0.0.1", "0.0.0.0") else f"    bind 127.0.0.1:{port}\\n{asked} {'v6only' * (family == socket.AF_INET6)}"
     (home / "metrics").mkdir()
     for code, fault in FAULTS.items():
@@ -81,7 +89,7 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
         deadline=max(1, round(deadline_s)),
         errorfiles="".join(f"\\n    errorfile {code} {home}/{code}.http" for code in FAULTS),
         port=port,
-        binds=binds,
+        binds=binds + once,
         haproxy=shlex.quote(str(get_haproxy_binary())),
     )
     (home / "haproxy").write_text(script)
@@ -96,6 +104,8 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # ours are of the same requests
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # HAProxy would end the client's connection without a word
+        "RAY_SERVE_HAPROXY_RETRIES": "2",  # what kills replicas shall not go round
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody takes over from a server that stops
         metrics.FOLDER: str(home / "metrics"),

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from making.vectors import make_index, quarters, seal
 
 from retrikt_ray.index import search
 from retrikt_ray.index.search import Searcher, merge
-from retrikt_ray.knowledge.actors import ActorSearcher, MissingShards
-from retrikt_ray.runtime.folders import ArtifactError
-from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.index.spread import Gone, MissingShards, Pending, Spread
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 
 NONE = -np.inf
 SHARDS = (1, 2, 3, 7, 16)
@@ -179,55 +178,78 @@ def test_nprobe_is_heeded(tmp_path: Path) -> None:
     assert (some != truth).any()
 
 
-def test_actors_answer_as_this_process(cluster: None, tmp_path: Path) -> None:
+class Holder:
+    """The shards `files` of an index, in a thread; asked, it answers when `may` is set, and ends instead as often as `losses` says."""
+
+    def __init__(self, folder: Folder, files: list[str]) -> None:
+        self.searcher, self.may, self.losses = Searcher.open(folder, only=files), threading.Event(), 0
+        self.may.set()
+        self.pool = ThreadPoolExecutor(1)
+
+    def __call__(self, *question: Any) -> Pending:
+        def answer() -> Any:
+            assert self.may.wait(20)
+            if self.losses:
+                self.losses -= 1
+                raise Gone
+            return self.searcher.once(*question)
+
+        future = self.pool.submit(answer)
+
+        class Asked:
+            def result(self, timeout_s: float) -> Any:
+                return future.result(timeout_s)
+
+        return Asked()
+
+
+def holders(folder: Folder, groups: int) -> list[Holder]:
+    files = [shard["file"] for shard in folder.read_json("index.json")["shards"]]
+    return [Holder(folder, part.tolist()) for part in np.array_split(files, groups)]
+
+
+def test_shards_that_others_hold_answer_as_this_process(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(500, 12)).astype(np.float32)
     allowed = rng.random(500) < 0.5
     rare = np.arange(500) % 60 == 0  # too few in the lists that are probed
     folder = make_index(tmp_path, vectors, 5, "IVF4,Flat", nprobe=2)
-    here = Searcher.open(folder)
-    spread = ActorSearcher(folder, 3)
-    assert len(spread.actors) == 3
+    here, three = Searcher.open(folder), holders(folder, 3)
+    spread = Spread(three, 12, 500, deadline_s=20)
     for mask in (None, allowed, rare):
         for got, want in zip(spread.search(vectors[:9], 20, mask), here.search(vectors[:9], 20, mask), strict=True):
             np.testing.assert_array_equal(got, want)
-    ray.kill(spread.actors[1], no_restart=False)  # it opens its shards anew and answers
+    three[1].losses = 2  # then it is there again
     np.testing.assert_array_equal(spread.search(vectors[:9], 20)[0], here.search(vectors[:9], 20)[0])
+    assert (three[1].losses, spread.missing) == (0, 0)
     with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 12\)"):
         spread.search(np.zeros((1, 4), np.float32), 1)
-    spread.close()
-    shard = tmp_path / "index-5" / "shard-0003.faiss"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match=r"shard-0003\.faiss.*truncated"):
-        ActorSearcher(folder, 2).search(vectors[:1], 1)
-    with pytest.raises(ConfigError, match="5 actors of 1 CPUs ask for 5; the cluster has, or can grow to, 4"):
-        ActorSearcher(folder, 9)
 
 
-def test_shards_that_are_late_are_missed_as_it_was_asked(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_shards_that_are_late_or_lost_are_missed_as_it_was_asked(tmp_path: Path, lost: bool) -> None:
     vectors = np.random.default_rng(0).normal(size=(90, 12)).astype(np.float32)
     folder = make_index(tmp_path, vectors, 3, "Flat")
-    here, spread = Searcher.open(folder), ActorSearcher(folder, 3, deadline_s=1.0)
-    pid = ray.get(spread.actors[1].__ray_call__.remote(lambda _: os.getpid()))
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(MissingShards, match="1 of 3 actors that hold shards have not answered in 1 s"):
-            spread.search(vectors[:4], 5)
-        began = time.monotonic()
-        with pytest.raises(MissingShards):
-            spread.search(vectors[:4], 5)
-        assert time.monotonic() - began < 0.5  # nobody waits for it again
-        spread.partial = True
-        others = np.arange(90) // 30 != 1
-        for got, want in zip(spread.search(vectors[:4], 5), here.search(vectors[:4], 5, others), strict=True):
-            np.testing.assert_array_equal(got, want)
-        assert spread.missing == 1
-    finally:
-        os.kill(pid, signal.SIGCONT)
-    ray.wait(list(spread.late.values()), num_returns=len(spread.late), timeout=20)
+    here, three = Searcher.open(folder), holders(folder, 3)
+    spread = Spread(three, 12, 90, deadline_s=0.5)
+    if lost:
+        three[1].losses = 10**6
+    else:
+        three[1].may.clear()
+    with pytest.raises(MissingShards, match=r"1 of 3 groups of shards have not answered in 0\.5 s"):
+        spread.search(vectors[:4], 5)
+    spread.partial = True
+    began = time.monotonic()
+    others = np.arange(90) // 30 != 1
+    for got, want in zip(spread.search(vectors[:4], 5), here.search(vectors[:4], 5, others), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert spread.missing == 1
+    assert lost or time.monotonic() - began < 0.4  # nobody waits again for one that is late
+    three[1].losses = 0
+    three[1].may.set()
+    three[1].pool.submit(int).result(20)  # behind what it was asked
     np.testing.assert_array_equal(spread.search(vectors[:4], 5)[0], here.search(vectors[:4], 5)[0])
     assert spread.missing == 0
-    spread.close()
 
 
 def test_a_query_of_another_width_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from making.tiny_run import LABELS, TEXTS, make_run
 from retrikt_ray.cli import main
 from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.knowledge import edit, log
-from retrikt_ray.knowledge.actors import ActorSearcher
 from retrikt_ray.knowledge.compact import compact
 from retrikt_ray.knowledge.edit import added_rows
 from retrikt_ray.knowledge.knowledge import Knowledge
@@ -447,16 +446,6 @@ def test_a_run_can_be_opened_while_others_edit_and_compact(run: Folder) -> None:
         opened += 1
     writer.join()
     assert opened > 3 and Knowledge.open(run).count == 12 + 41
-
-
-def test_actors_change_to_a_new_base_where_there_is_place_for_one(cluster: None, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", shards=4)
-    predictor = Predictor.open(run, opener=lambda index, threads: ActorSearcher(index, 4, threads))
-    (code,) = predictor.knowledge.add([{"text": "one more", "label": "positive"}])
-    assert compact(run) is not None and predictor.knowledge.refresh()
-    assert predictor.knowledge.view.added is None and ids_of(predictor, "one more")[0] == code
-    assert predictor.knowledge.view.base.searcher is not None
-    predictor.knowledge.view.base.searcher.close()
 
 
 def test_a_student_made_anew_is_noticed(run: Folder) -> None:

@@ -33,7 +33,8 @@ from ray.serve.schema import ServeDeploySchema
 from retrikt_ray import Client
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import ArtifactError
+from retrikt_ray.runtime.folders import ArtifactError, Folder
+from retrikt_ray.runtime.leases.hold import KNOWLEDGE, hold
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import parse_args
@@ -125,7 +126,7 @@ class Live:
     said: list[str]  # its first two lines
     logs: Path
     client: httpx.Client
-    here: Replica  # its shards are in this process, those of the server in actors
+    here: Replica  # its shards are in this process, those of the server in deployments of their own
 
     def post(self, route: str, body: Any) -> httpx.Response:
         return self.client.post(f"/{route}", json=body)
@@ -146,7 +147,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     limits: dict[str, Any] = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000, "deadline_s": 6}
     home = Path(tempfile.mkdtemp(prefix="serving-"))  # Ray's sockets want a short path
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(home)}
-    args = [f"{key}={value}" for key, value in {**limits, "shard_actors": 2}.items()]
+    args = [f"{key}={value}" for key, value in {**limits, "shard_groups": 2}.items()]
     server = subprocess.Popen(
         [sys.executable, "-m", "retrikt_ray", "serve", run, "--port", str(port), *args],
         stdout=subprocess.PIPE,
@@ -194,12 +195,14 @@ def test_answers_are_those_of_a_replica_here_to_the_last_digit(live: Live) -> No
             assert answer.headers.get(name) == here.headers.get(name)
 
 
-def shard_actors(live: Live) -> list[psutil.Process]:
-    return [p for p in psutil.Process(live.process.pid).children(recursive=True) if " ".join(p.cmdline()).startswith("ray::ShardActor")]
+def shard_groups(live: Live) -> list[psutil.Process]:
+    """The processes of the deployments Shards0 and Shards1."""
+    found = [p for p in psutil.Process(live.process.pid).children(recursive=True) if ":Shards" in " ".join(p.cmdline())]
+    return sorted(found, key=lambda p: p.cmdline())
 
 
-def test_shards_are_in_actors(live: Live) -> None:
-    assert len(shard_actors(live)) == 2
+def test_shards_are_in_deployments_of_their_own(live: Live) -> None:
+    assert len(shard_groups(live)) == 2
 
 
 def test_refusals_come_through_the_proxy_as_they_are(live: Live) -> None:
@@ -343,8 +346,8 @@ def both(live: Live) -> Any:
 
 
 def test_edits_and_compaction_under_the_server(live: Live) -> None:
-    """Each is in its next answer; shards of the new base are opened by new actors."""
-    before, actors, knowledge = both(live), shard_actors(live), Knowledge.open(live.run)
+    """Each is in its next answer; shards of the new base are opened by those who held the old one's."""
+    before, groups, knowledge = both(live), shard_groups(live), Knowledge.open(live.run)
     knowledge.add([{"id": "new-1", "text": QUERY, "label": "negative"}])
     assert [(r["id"], r["label"]) for r in both(live)[:1]] == [("new-1", "negative")]
     knowledge.update([{"id": "new-1", "label": "positive"}])
@@ -355,8 +358,22 @@ def test_edits_and_compaction_under_the_server(live: Live) -> None:
     assert knowledge.compact()
     assert both(live) == close_to(edited)
     assert live.client.get("/info").json()["store"] == {"rows": 12, "version": 4}
-    fresh = shard_actors(live)
-    assert len(fresh) == 2 and not set(fresh) & set(actors)
+    assert shard_groups(live) == groups
+
+
+def test_a_group_of_shards_that_was_killed_comes_back(live: Live) -> None:
+    """Meanwhile answers are the same, or refused."""
+    want, killed = both(live), shard_groups(live)[1]
+    killed.kill()
+    until, refused = time.monotonic() + 60, 0
+    while True:
+        answer = live.post("retrieve", {"inputs": QUERY, "k": 20, "mode": "dense"})
+        if answer.status_code == 200:
+            break
+        assert (answer.status_code, answer.headers["retry-after"], time.monotonic() < until) == (503, "2", True)
+        refused += 1
+    assert answer.json() == want and both(live) == want
+    assert killed not in shard_groups(live) and len(shard_groups(live)) == 2
 
 
 def test_a_fault_is_in_the_log_of_the_replica(live: Live) -> None:
@@ -412,21 +429,18 @@ def damaged(live: Live, body: Any) -> httpx.Response:
 
 
 def test_interrupt_answers_what_was_asked_and_frees_the_port(live: Live) -> None:
-    """The last of this file: it ends the server. A request is held up in the replica by stopping the actors that it asks."""
-    want, actors = live.here.post("explain", {"inputs": QUERY}).json(), shard_actors(live)
+    """The last of this file: it ends the server. A request is held up in the replica: this process has the right to edit."""
     with ThreadPoolExecutor(1) as pool:
-        for actor in actors:
-            actor.suspend()
-        waiting = pool.submit(live.post, "explain", {"inputs": QUERY})
-        time.sleep(1)
-        assert not waiting.done()
-        began = time.monotonic()
-        live.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
-        for actor in actors:
-            actor.resume()
-        assert waiting.result().json() == want
+        with hold(Folder.at(live.run), KNOWLEDGE):
+            waiting = pool.submit(live.client.put, "/knowledge", json={"rows": [{"id": "last", "text": "the last", "label": "negative"}]})
+            time.sleep(1)
+            assert not waiting.done()
+            began = time.monotonic()
+            live.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        assert (waiting.result().status_code, waiting.result().json()["ids"]) == (200, ["last"])
     rest, _ = live.process.communicate(timeout=30)
-    assert (live.process.returncode, rest) == (0, "stopping\n")
+    said = [line for line in rest.splitlines() if "(raylet)" not in line]  # it tells of the group that was killed above
+    assert (live.process.returncode, said) == (0, ["stopping"])
     assert time.monotonic() - began < 25
     address_of("127.0.0.1", int(live.url.rpartition(":")[2]))

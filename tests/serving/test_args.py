@@ -13,7 +13,7 @@ from retrikt_ray.serving.args import ServeArgs, parse_args
 def test_only_the_run_is_required() -> None:
     args = parse_args({"run": "runs/mine", "deadline_s": 2})
     assert args == ServeArgs(run="runs/mine", deadline_s=2)
-    assert (args.replicas, args.threads, args.shard_actors) == (1, 1, 0)
+    assert (args.replicas, args.threads, args.shard_groups) == (1, 1, 0)
 
 
 @pytest.mark.parametrize(

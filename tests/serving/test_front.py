@@ -9,6 +9,9 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection, RemoteDisconnected
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,10 @@ defaults
     errorfile 502 /nowhere
     errorfile 503 /nowhere
     balance leastconn
+    http-reuse always
+    option redispatch 1
+    retry-on {retry_on}
+    retries {retries}
 frontend prometheus
     bind :9101
     mode http
@@ -39,11 +46,14 @@ frontend http_frontend
     bind 127.0.0.1:{port}
     use_backend lost if {{ path /lost }}
     use_backend late if {{ path /late }}
+    use_backend tires if {{ path /tires }}
     default_backend none
 backend none
     server gone 127.0.0.1:{closed}
 backend lost
     server ends 127.0.0.1:{ends}
+backend tires
+    server tires 127.0.0.1:{tires}
 backend late
     server sleeps 127.0.0.1:{sleeps}
 listen stats
@@ -52,13 +62,54 @@ listen stats
 """
 
 
+TIRED: list[str] = []  # methods of the requests at which a connection ended
+
+
+@contextmanager
+def tiring() -> Iterator[int]:
+    """A server that answers one request a connection, and ends it at the second without a word, as one does that is killed. Its port."""
+
+    class Tires(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        answered = 0
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            if self.answered:
+                TIRED.append(self.command)
+                self.close_connection = True
+                return
+            self.answered += 1
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        do_PUT = do_POST
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Tires) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[psutil.Process, int]]:
-    """Its process and port. Behind it: a server that ends every connection, one that never answers, and a port where nobody listens."""
+    """Its process and port. Behind it: a server that ends every connection, one that never answers, one that ends a connection at its second
+    request, and a port where nobody listens."""
     home, port = tmp_path_factory.mktemp("front"), free_port()
     settings = environment(home, address_of("127.0.0.1", port), 1.0)
-    with socket.create_server(("127.0.0.1", 0)) as sleeps, socket.create_server(("127.0.0.1", 0)) as ends:
-        text = CONFIG.format(port=port, closed=free_port(), sleeps=sleeps.getsockname()[1], ends=ends.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as sleeps, socket.create_server(("127.0.0.1", 0)) as ends, tiring() as tires:
+        text = CONFIG.format(
+            port=port,
+            closed=free_port(),
+            sleeps=sleeps.getsockname()[1],
+            ends=ends.getsockname()[1],
+            tires=tires,
+            retry_on=settings["RAY_SERVE_HAPROXY_RETRY_ON"],
+            retries=settings["RAY_SERVE_HAPROXY_RETRIES"],
+        )
         (home / "haproxy.cfg").write_text(text)
         started = subprocess.Popen(
             [settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(home / "haproxy.cfg")], stderr=subprocess.DEVNULL
@@ -131,6 +182,20 @@ def test_a_head_that_is_no_request_is_refused_in_time(front: tuple[psutil.Proces
     """In HAProxy's words: what is no request yet has no other page."""
     began = time.monotonic()
     assert told(front[1], *pieces)[0] == status and time.monotonic() - began < 3
+
+
+def test_what_a_replica_was_asked_that_ended_is_asked_again_but_for_edits(front: tuple[psutil.Process, int]) -> None:
+    TIRED.clear()
+    asking = HTTPConnection("127.0.0.1", front[1], timeout=10)
+    for _ in range(4):
+        asking.request("POST", "/tires", b"x")
+        answer = asking.getresponse()
+        assert (answer.status, answer.read()) == (200, b"")
+    assert TIRED == ["POST"] * 3
+    asking.request("PUT", "/tires", b"x")
+    with pytest.raises(RemoteDisconnected):
+        asking.getresponse()
+    assert TIRED[3:] == ["PUT"]
 
 
 def test_statistics_and_figures_are_not_there(front: tuple[psutil.Process, int]) -> None:

@@ -14,7 +14,7 @@ from making.serving_local import Replica, close_to, named, replica, rows_of, sco
 from making.tiny_run import LABELS, TEXTS, make_run
 
 from retrikt_ray import __version__
-from retrikt_ray.knowledge.actors import MissingShards
+from retrikt_ray.index.spread import MissingShards
 from retrikt_ray.predictor import Predictor
 from retrikt_ray.task.texts import Text
 
@@ -333,7 +333,7 @@ def test_missing_shards_are_told(run: str, monkeypatch: pytest.MonkeyPatch) -> N
             return plain(*asked)
 
         def refused(*asked: Any) -> Any:
-            raise MissingShards("1 of 3 actors that hold shards have not answered in 1 s")
+            raise MissingShards("1 of 3 groups of shards have not answered in 1 s")
 
         whole = one.post("predict", {"inputs": "a film"})
         assert "x-knowledge-missing" not in whole.headers
@@ -342,4 +342,4 @@ def test_missing_shards_are_told(run: str, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(searcher, "search", refused)
         answer = one.post("predict", {"inputs": "a film"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-        assert answer.json()["error"] == "1 of 3 actors that hold shards have not answered in 1 s"
+        assert answer.json()["error"] == "1 of 3 groups of shards have not answered in 1 s"
