@@ -17,7 +17,10 @@ from retrikt_ray.runtime.artifacts import read_manifest
 DATA = os.environ.get("RETRIKT_DATA", "../shared") + "/data"
 TASKS: dict[str, tuple[str | None, list[str]]] = {
     "quickstart": (None, []),
-    "trec": ("jobs/trec.yaml", [f"prepare.data={DATA}/trec", "prepare.label_column=label", "prepare.revision=null"]),
+    "trec": (
+        "jobs/trec.yaml",
+        [f"prepare.data={DATA}/trec", "prepare.label_column=label", "prepare.revision=null", "generate.rows=3000", "reinforce.steps=16"],
+    ),
     "banking77": (
         "jobs/trec.yaml",
         [
@@ -29,6 +32,7 @@ TASKS: dict[str, tuple[str | None, list[str]]] = {
             "prepare.n_per_class=8",
             "teach.prompt_epochs=3",
             "teach.annotator_epochs=3",
+            "generate.rows=3000",
             "reinforce.steps=4",
         ],
     ),

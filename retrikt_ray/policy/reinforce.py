@@ -38,7 +38,11 @@ class ReinforceConfig(Scaled):
         description="rloo: each text against the others of its condition, no critic. ppo: a value head and generalised advantages. "
         "grpo: groups of texts of a condition, by TRL (extra `trl`).",
     )
-    steps: int = Field(16, ge=0, description="Iterations; 0 keeps the supervised prompt.")
+    steps: int = Field(
+        0,
+        ge=0,
+        description="Iterations, 16 to begin with; 0 keeps the supervised prompt: the same time spent on more texts gave better students (docs/benchmarks.md).",
+    )
     texts: int = Field(64, ge=4, description="Texts per iteration, over all workers.")
     epochs: int = Field(2, ge=1, description="Passes over the texts of an iteration.")
     minibatch: int = Field(32, ge=1, description="Texts per gradient step, over all workers; grpo: the next below that divides `texts`.")

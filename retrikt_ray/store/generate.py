@@ -35,7 +35,7 @@ AT_ONCE = 4096  # texts that a GPU is handed at a time: it writes some hundreds 
 class GenerateConfig(Scaled):
     """How many texts are generated, and how they are sampled."""
 
-    rows: int = Field(2400, ge=0, description="Texts to generate, the conditions in turn. 0: the store has no generated rows.")
+    rows: int = Field(8000, ge=0, description="Texts to generate, the conditions in turn. 0: the store has no generated rows.")
     rows_per_shard: int = Field(120, ge=1, description="Texts per shard: the unit of work, of a file and of a resume.")
     temperature: float = Field(0.9, gt=0, description="Sampling temperature.")
     backend: Literal["transformers", "vllm"] = Field(
