@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-annotator bench-algorithms bench-lexical bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
-  bench-memory bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
+  bench-scale bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -112,8 +112,10 @@ bench-algorithms: install-dev ## Supervised prompt, PPO, RLOO and GRPO at equal 
 bench-latency: install ## An answer of RUN beside its bare student and its teacher, one thread
 	$(BIN)/python -m jobs.bench_latency $(RUN)
 
-bench-memory: install ## Peak memory of distill and index at 10k, 100k and 400k made-up rows
-	$(BIN)/python -m jobs.bench_memory
+SCALE ?=
+bench-scale: install-dev ## Time and memory of each stage and of a replica at 100k, 400k and 1.6M made-up rows (hours; SCALE="100000 400000": a part), and what S3 is asked
+	$(BIN)/python -m jobs.bench_scale requests
+	$(BIN)/python -m jobs.bench_scale $(SCALE)
 
 bench-duplicates: install ## Time and memory of the search for near duplicates and leakage, 10k and 100k made-up rows
 	$(BIN)/python -m jobs.bench_duplicates
@@ -137,8 +139,8 @@ bench-lexical: install ## Words at 2M rows: a question beside a plain scorer of 
 drill-autoscale: install-dev ## A run on a cluster that autoscales, from no workers to a report and back, as a timeline (minutes)
 	$(BIN)/python -m pytest -m slow -s tests/runtime/test_autoscaling.py
 
-drill-nodes: install-dev ## A run on three local nodes and S3 as a job, and a node killed in generate and annotate, three times each
-	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py
+drill-nodes: install-dev ## A run on three local nodes and S3 as a job, a node killed in each stage, three times each, and under a Serve app that is asked
+	$(BIN)/python -m pytest -m slow -s tests/test_nodes.py tests/serving/test_nodes.py
 
 drill-leases: install-dev ## Two drivers of a run on S3, and two editors of its store, killed or paused at random, 50 rounds each: nothing lost, nothing sealed twice
 	$(BIN)/python -m pytest -m bench -s tests/runtime/test_lease_faults.py

@@ -20,7 +20,7 @@ from retrikt_ray.report.evaluate import EvaluateConfig
 from retrikt_ray.runtime.folders import PACKAGED
 from retrikt_ray.runtime.nodes import ClusterConfig
 from retrikt_ray.runtime.settings import ConfigError, Section, explain, nearest_key
-from retrikt_ray.store.annotate import AnnotateConfig
+from retrikt_ray.store.decide import AnnotateConfig
 from retrikt_ray.store.generate import GenerateConfig
 from retrikt_ray.store.harvest import HarvestConfig
 from retrikt_ray.student.fit import DistillConfig

@@ -8,22 +8,31 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
 import yaml
 from making.local_nodes import LocalNodes, local_nodes
 from making.tasks import tiny, write_task
 
-from retrikt_ray.pipeline import BY_NAME, load_run
+from retrikt_ray.pipeline import BY_NAME, STAGES, load_run
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
 
 REPO = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
-INPUTS = {"generate": ("task", "teacher", "policy"), "annotate": ("task", "teacher", "generated")}
-PARTS = {"generate": "generated/part-", "annotate": ".scratch/annotate-"}  # where a stage's work shows
 SHARDS = 80
+PROGRESS = {  # what a stage writes as it goes, and about how many; prepare works on the driver alone
+    "teach": ("state.json", 16),  # checkpoints
+    "reinforce": ("state.json", 8),
+    "generate": ("generated/part-", SHARDS),
+    "harvest": ("sifted-", 6),
+    "annotate": (".scratch/annotate-", SHARDS),
+    "distill": ("state.json", 8),
+    "index": ("index/", 10),
+    "evaluate": ("report/draft.json", 1),
+}
+PAUSE_S = {"evaluate": 15.0}  # at most, after which the node is killed; else half a second
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +41,29 @@ def nodes() -> Iterator[LocalNodes]:
         yield found
 
 
+def write_corpus(folder: Path) -> Path:
+    """22 MB: six pieces."""
+    folder.mkdir()
+    lines = (f"Minister {i} spoke of rain and snow. We saw {i % 997} cakes and {i} soups. So it was in {i}.\n" for i in range(220_000))
+    (folder / "large.txt").write_text("".join(lines))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def config(tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A worker of generate and annotate fills a node; there are enough shards for both to have some when one is killed."""
+    """A worker fills a node. Trainings take some seconds, and there is work for both nodes when one is killed."""
     home = tmp_path_factory.mktemp("nodes")
     both = {"workers": {"min": 1, "max": 2}, "cpus_per_worker": 2}
     settings = tiny(
         tiny_lm,
-        prepare={"data": str(write_task(home / "data")), "n_per_class": 8},
-        reinforce={"steps": 0},
+        prepare={"data": str(write_task(home / "data")), "n_per_class": 8, "corpus": str(write_corpus(home / "corpus"))},
+        teach={"prompt_epochs": 80, "annotator_epochs": 80},
+        reinforce={"steps": 16, "watch_every": 4},
         generate={"rows": 4 * SHARDS, "rows_per_shard": 4, **both},
+        harvest={"rows": 100, "candidates": 1500, **both},
         annotate=both,
-        evaluate={"baselines": False, "store_fractions": []},
+        index={"factory": "IVF4,Flat", "shards": 6, **both},
+        evaluate={"baselines": False, "store_fractions": [0.25, 0.5], **both},
     )
     (home / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return home / "tiny.yaml"
@@ -85,34 +105,49 @@ def copied(whole: str, uri: str, names: tuple[str, ...]) -> None:
         target.write_bytes(name, source.read_bytes(name))
 
 
+def measured(report: Any) -> Any:
+    """A report but for times, which no two runs share."""
+    if isinstance(report, dict):
+        return {key: measured(value) for key, value in report.items() if key not in ("latency_ms", "seconds")}
+    return [measured(value) for value in report] if isinstance(report, list) else report
+
+
 def same_as(whole: str, uri: str, stage: str) -> None:
+    """Byte for byte, and of a report what is not a time."""
     for name in BY_NAME[stage].outputs:
-        made, wanted = artifacts.check(load_run(uri).artifact(name), deep=True), artifacts.check(load_run(whole).artifact(name))
-        assert made.content == wanted.content, f"{uri}/{name}"
+        made, wanted = load_run(uri).artifact(name), load_run(whole).artifact(name)
+        content = artifacts.check(made, deep=True).content
+        if stage == "evaluate":
+            assert measured(made.read_json("report.json")) == measured(wanted.read_json("report.json"))
+            assert made.read_bytes("predictions.parquet") == wanted.read_bytes("predictions.parquet")
+        else:
+            assert content == artifacts.check(wanted).content, f"{uri}/{name}"
 
 
-def parts(env: dict[str, str], uri: str, stage: str) -> int:
-    """Parts that the stage has written so far."""
-    pages = boto3.client("s3", endpoint_url=env["AWS_ENDPOINT_URL"]).get_paginator("list_objects_v2")
-    prefix = f"{uri.removeprefix('s3://runs/')}/{PARTS[stage]}"
-    return sum(page["KeyCount"] for page in pages.paginate(Bucket="runs", Prefix=prefix))
+def test_each_stage_that_has_workers_is_there() -> None:
+    assert {"prepare", *PROGRESS} == {stage.name for stage in STAGES}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("stage", INPUTS)
+@pytest.mark.parametrize("stage", PROGRESS)
 def test_a_stage_goes_on_without_a_node_that_is_killed(nodes: LocalNodes, whole: str, stage: str, seed: int, tmp_path: Path) -> None:
-    """A random node at a random moment: when a random number of the parts are there."""
+    """One on which it is at work, at a random moment: when it has written a random part of its files, or a while later."""
     rng = random.Random(f"{stage}:{seed}")
-    uri, wanted = f"s3://runs/{stage}-{seed}", rng.randrange(SHARDS - 10)
-    copied(whole, uri, INPUTS[stage])
+    kind, most = PROGRESS[stage]
+    uri, wanted, pause = f"s3://runs/{stage}-{seed}", rng.randrange(-(-most * 3 // 4)), rng.random() * PAUSE_S.get(stage, 0.5)
+    copied(whole, uri, load_run(whole).inputs(BY_NAME[stage]))
     log, began = tmp_path / "log", time.monotonic()
     process = run_stage(nodes, stage, uri, log)
     try:
-        while (written := parts(nodes.env, uri, stage)) < wanted:
+        while (written := nodes.written(uri, kind)) <= wanted:
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        nodes.kill(rng.choice(sorted(nodes.cluster.worker_nodes, key=lambda node: node.unique_id)))
+        time.sleep(pause)
+        while not (at_work := nodes.at_work()):
+            assert process.poll() is None, "ended before a node was killed"
+            time.sleep(0.02)
+        nodes.kill(rng.choice(at_work))
         killed = time.monotonic()
         assert process.poll() is None, "ended before the node was killed"
         assert process.wait(400) == 0, log.read_text()
@@ -121,7 +156,7 @@ def test_a_stage_goes_on_without_a_node_that_is_killed(nodes: LocalNodes, whole:
         while len(nodes.cluster.worker_nodes) < 2:
             nodes.add()
     print(
-        f"{stage}, seed {seed}: a node of two killed after {written} parts and {killed - began:.1f} s, "
+        f"{stage}, seed {seed}: one of {len(at_work)} nodes at work killed after {written} files and {killed - began:.1f} s, "
         f"done {time.monotonic() - killed:.1f} s later",
         flush=True,
     )

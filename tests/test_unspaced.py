@@ -21,8 +21,9 @@ from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source
-from retrikt_ray.store.annotate import AnnotateConfig, decide, write
+from retrikt_ray.store.annotate import write
 from retrikt_ray.store.card import store_card
+from retrikt_ray.store.decide import AnnotateConfig, decide
 from retrikt_ray.store.rows import ANNOTATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
@@ -54,10 +55,10 @@ def write_store(folder: Folder, language: str) -> tuple[Task, dict[str, int], di
     ]
     for i, part in enumerate(parts):
         (folder / "scratch").write_table(f"part-{i:05d}.parquet", pa.Table.from_pylist(part, schema=ANNOTATED))
-    chunks = [{"part": 0, "source": "task"}, {"part": 1, "source": "generated"}]
-    reasons = decide(AnnotateConfig(), chunks, folder / "task", folder / "scratch")
+    run = [{"part": i, "source": source, "rows": len(parts[i])} for i, source in enumerate(("task", "generated"))]
+    reasons = decide(AnnotateConfig(), [run], folder / "task", folder / "scratch", None)
     folders = {name: folder / name for name in ("task", "generated", "scratch", "store", "rejected")}
-    kept, rejected = write(chunks, reasons, folders, folders)
+    kept, rejected = write([run], reasons, folders, folders, None)
     counts = {"kept": sum(kept.values()), "by_source": dict(kept), "rejected": dict(rejected), "generated": len(parts[1])}
     (folder / "store").write_json("store.json", counts)
     return task, dict(kept), dict(rejected)

@@ -264,7 +264,7 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
+        pq.write_table(table, buffer, compression="zstd", row_group_size=8192)  # small beside a process, large beside a request
         self.write_bytes(name, buffer.getvalue())
 
     def remove(self, name: str = "") -> None:

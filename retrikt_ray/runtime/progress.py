@@ -135,8 +135,13 @@ class Board:
 def follow(label: str, unit: str) -> Iterator[Any]:
     """Show what workers post on a board while the block (which blocks the driver) runs. Yields the board's actor handle."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board: Any = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )  # a worker's node may vanish, and the board with it
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    board: Any = actor.options(scheduling_strategy=here).remote()
     stop = threading.Event()
 
     def poll(tracker: Tracker) -> None:

@@ -66,6 +66,12 @@ def matrix(column: Any) -> np.ndarray:
     return np.asarray(column.flatten(), dtype=np.float32).reshape(len(column), -1)
 
 
+def names(column: Any) -> np.ndarray:
+    """A column of few different texts as (n,) references to them: 8 bytes a row."""
+    column = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).dictionary_encode()
+    return np.array(column.dictionary.to_pylist(), object)[column.indices.to_numpy()]
+
+
 def write_arrays(folder: Folder, name: str, arrays: dict[str, np.ndarray], **numbers: int) -> None:
     """Arrays of any lengths, and whole numbers, as one Arrow file with one row, so that reading it maps the arrays into memory."""
     columns = {k: pa.LargeListArray.from_arrays(pa.array([0, len(v)], pa.int64()), pa.array(v)) for k, v in arrays.items()}

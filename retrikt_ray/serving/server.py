@@ -24,17 +24,16 @@ from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving import metrics
 from retrikt_ray.serving.api.guard import ENVIRONMENT, Keys
 from retrikt_ray.serving.api.reading import CODES
-from retrikt_ray.serving.api.wire import INTERRUPTED
 from retrikt_ray.serving.app import build_app, is_loopback
 from retrikt_ray.serving.args import ServeArgs, parse_args
+from retrikt_ray.serving.front import LATE, LOST, NOBODY, Fault
 
 APP = "retrikt"
-AGAIN = "the same request a second later"
-FAULTS = {  # what HAProxy answers to a request, by what it would have answered: status, what was found, its code, what is expected
-    408: ("408 Request Timeout", "the request has not come in time", CODES[408], "a request that is sent at once"),
-    502: ("503 Service Unavailable", "the replica ended while it worked on this", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
-    503: ("503 Service Unavailable", "no replica could be reached", "overloaded", AGAIN),
-    504: ("503 Service Unavailable", "the replica has not answered in time", INTERRUPTED, f"{AGAIN}; an edit may have been made"),
+FAULTS = {  # what HAProxy answers to a request, by what it would have answered
+    408: Fault("the request has not come in time", CODES[408], "a request that is sent at once", 408),
+    502: LOST,
+    503: NOBODY,
+    504: LATE,
 }
 # Ray writes HAProxy's configuration and starts it by this name, with `-db -f FILE`. What is taken out listens on all interfaces (statistics,
 # figures) or writes down what was asked (logs); a request's head must come in time; without a replica the answer is JSON with Retry-After.
@@ -85,7 +84,7 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
     binds = asked if host in ("127.0.0.1", "0.0.0.0") else f"    bind 127.0.0.1:{port}\\n{asked} {'v6only' * (family == socket.AF_INET6)}"
     (home / "metrics").mkdir()
     for code, fault in FAULTS.items():
-        (home / f"{code}.http").write_bytes(as_http(*fault))
+        (home / f"{code}.http").write_bytes(fault.page())
     script = HAPROXY.format(
         deadline=max(1, round(deadline_s)),
         errorfiles="".join(f"\\n    errorfile {code} {home}/{code}.http" for code in FAULTS),
@@ -111,12 +110,6 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # nobody takes over from a server that stops
         metrics.FOLDER: str(home / "metrics"),
     }
-
-
-def as_http(status: str, error: str, code: str, expected: str) -> bytes:
-    """An answer as it goes over the wire."""
-    body = json.dumps({"error": error, "code": code, "expected": expected})
-    return f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncache-control: no-store\r\nretry-after: 1\r\nconnection: close\r\n\r\n{body}\n".encode()
 
 
 def serve_run(run: str, host: str, port: int, args: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Stage 6, annotate: the teacher labels and embeds every text; what is not good enough is kept apart with its reason.
 
 Four sources become rows of one store: the labelled task rows, unlabelled texts of the domain, passages of a corpus, and generated texts. Annotators run in a
-Ray Data actor pool, shard by shard, each writing one atomic file. Filters that look at the whole store (duplicates, leakage; `duplicates.py`) run
-after, over hashes alone, so that their answer does not depend on the number of workers.
+Ray Data actor pool, shard by shard, each writing one atomic file. What enters the store is decided after (`decide.py`), over the whole store in a fixed
+order, so that it does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -12,54 +12,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
 
-from retrikt_ray.runtime.cluster import plan, pool
+from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import MANIFEST, Folder
 from retrikt_ray.runtime.progress import track
-from retrikt_ray.runtime.settings import ConfigError, Scaled
-from retrikt_ray.store.duplicates import HeldOut, key, near_duplicates, shingles
+from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.store.decide import KEPT, REASONS, AnnotateConfig, decide, has_text, part_name, runs_of
 from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema, table_of
 from retrikt_ray.task.card import Task
-from retrikt_ray.task.texts import texts_of
-from retrikt_ray.task.words import words
 
 VERSION = 3
 CHUNK = 512  # rows per annotated part
 PARTS = {"harvested": "corpus", "generated": "generated"}  # artifact with texts -> what their source is called
-READ = ["text", "text_pair", "condition", "finished", "error", "probs"]  # what a decision looks at
-
-
-class AnnotateConfig(Scaled):
-    """Which texts become rows of the store."""
-
-    batch: int = Field(64, ge=1, description="Texts per forward pass of the annotator.")
-    min_words: int = Field(
-        2, ge=1, description="Texts with fewer words are rejected (`too_short`); in scripts without spaces a character is a word."
-    )
-    keep_unfinished: bool = Field(
-        True, description="Keep generated texts that the length limit cut off; else they are rejected (`unfinished`)."
-    )
-    min_confidence: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="Texts that are not the task's labelled rows and whose top probability is lower are rejected (`low_confidence`). 0: off.",
-    )
-    near_duplicates: float = Field(
-        0.8,
-        ge=0.5,
-        le=1,
-        description="Texts, not the task's labelled rows, that share this much of their words and word pairs (Jaccard) with an earlier row are rejected (`near_duplicate`). 1: off.",
-    )
-    require_agreement: bool = Field(
-        False, description="Reject generated texts that the teacher labels otherwise than asked (`label_disagreement`)."
-    )
-
-
-def has_text(row: dict[str, Any]) -> bool:
-    """False for an empty text, and for a pair that lacks a side."""
-    return bool(row["text"]) and row["text_pair"] != ""
 
 
 class PartWriter:
@@ -75,12 +39,14 @@ class PartWriter:
         self.annotator = Annotator.load(teacher)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        chunks = zip(*(batch[k] for k in ("part", "uri", "name", "start")), strict=True)
-        return {"rows": [self.write(int(part), Folder(str(uri)), str(name), int(start)) for part, uri, name, start in chunks]}
+        chunks = zip(*(batch[k] for k in ("part", "uri", "name", "start", "rows")), strict=True)
+        return {
+            "rows": [self.write(int(part), Folder(str(uri)), str(name), int(start), int(rows)) for part, uri, name, start, rows in chunks]
+        }
 
-    def write(self, part: int, source: Folder, name: str, start: int) -> int:
-        """Annotate rows start .. start + CHUNK of one source file: those with a text first, then the empty ones."""
-        rows = source.read_table(name).slice(start, CHUNK).to_pylist()
+    def write(self, part: int, source: Folder, name: str, start: int, count: int) -> int:
+        """Annotate `count` rows of one source file, from `start`: those with a text first, then the empty ones."""
+        rows = rows_at(source, name, start, count).to_pylist()
         usable, empty = [r for r in rows if has_text(r)], [r for r in rows if not has_text(r)]
         if usable:
             probs, embeddings = self.annotator.annotate([(r["text"], r["text_pair"]) for r in usable], self.config.batch)
@@ -90,47 +56,31 @@ class PartWriter:
         return len(rows)
 
 
+def rows_at(folder: Folder, name: str, start: int, count: int) -> pa.Table:
+    """Some rows of a file, of which no more row groups are read than they lie in."""
+    with folder.parquet(name) as file:
+        ends = np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+        first, last = np.searchsorted(ends, (start, start + count - 1), "right")
+        before = int(ends[first - 1]) if first else 0
+        return file.read_row_groups(list(range(first, last + 1))).slice(start - before, count)
+
+
 def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
     """Chunks of all source files, in the order in which duplicates are resolved: task rows first, generated ones last."""
-    import pyarrow.parquet as pq
-
     chunks: list[dict[str, Any]] = []
-    files = [(inputs["task"], "train.parquet", "task"), (inputs["task"], "unlabelled.parquet", "unlabelled")]
+    sizes = {artifact: inputs[artifact].sizes() for artifact in ("task", *PARTS) if artifact in inputs}
+    files = [("task", "train.parquet", "task"), ("task", "unlabelled.parquet", "unlabelled")]
     for artifact, source in PARTS.items():
-        if artifact in inputs:
-            files += [(inputs[artifact], n, source) for n in inputs[artifact].files() if n.startswith("part-")]
-    for folder, name, source in files:
-        count = pq.read_metadata(pa.BufferReader(folder.read_bytes(name))).num_rows
+        files += [(artifact, name, source) for name in sorted(sizes.get(artifact, ())) if name.startswith("part-")]
+    for artifact, name, source in files:
+        folder = inputs[artifact]
+        with folder.parquet(name, sizes[artifact][name]) as file:
+            count = file.metadata.num_rows
         for start in range(0, count, CHUNK):
             chunks.append(
                 {"part": len(chunks), "uri": folder.uri, "name": name, "start": start, "source": source, "rows": min(CHUNK, count - start)}
             )
     return chunks
-
-
-def reject_reason(row: dict[str, Any], source: str, held_out: HeldOut, seen: set[str], config: AnnotateConfig) -> str | None:
-    """Why a row does not enter the store, or None. The first that applies, in this order; near duplicates are found later, among the rows left."""
-    if row["error"] is not None:
-        return "failed"
-    if not has_text(row):
-        return "empty"
-    text = row["text"], row["text_pair"]
-    if held_out.equals(text) or (source != "task" and held_out.copied(text)):
-        return "leakage"
-    if source != "task" and len(words(row["text"])) < config.min_words:
-        return "too_short"
-    if source == "generated" and not row["finished"] and not config.keep_unfinished:
-        return "unfinished"
-    code = key(*text)
-    if code in seen:
-        return "duplicate"
-    if source != "task" and len(row["probs"]) > 1:
-        if max(row["probs"]) < config.min_confidence:
-            return "low_confidence"
-        if source == "generated" and config.require_agreement and int(np.argmax(row["probs"])) != row["condition"]:
-            return "label_disagreement"
-    seen.add(code)
-    return None
 
 
 def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
@@ -139,20 +89,21 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     1. Annotate what an interrupted run left undone.  2. Decide row by row, in source order.  3. Write, and count.
     """
     # 1. annotate
-    scratch, chunks = out["scratch"], sources(inputs)
+    scratch, chunks, workers = out["scratch"], sources(inputs), plan(config, "annotate")
     complete = set(scratch.files())
     missing = [c for c in chunks if part_name(c) not in complete]
     if missing:
-        workers = plan(config, "annotate")
         with track("annotate", sum(c["rows"] for c in missing), "rows") as progress:
             for row in pool(PartWriter, (config, inputs["teacher"], scratch, workers.threads), missing, workers):
                 progress.advance(int(row["rows"]))
 
     # 2. decide
-    reasons_of = decide(config, chunks, inputs["task"], scratch)
+    runs = runs_of(chunks)
+    several = workers if len(runs) > 1 else None  # of one run tasks would take longer to start than it takes
+    reasons_of = decide(config, runs, inputs["task"], scratch, several)
 
     # 3. write and count
-    by_source, reasons = write(chunks, reasons_of, inputs, out)
+    by_source, reasons = write(runs, reasons_of, inputs, out, several)
     if not by_source:
         raise ConfigError(f"the store would be empty: all rows were rejected ({dict(reasons)}); loosen the keys of `annotate:`")
     kept = sum(by_source.values())
@@ -162,50 +113,40 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     return {"kept": kept, "rejected": sum(reasons.values())} | ({"reasons": dict(reasons)} if reasons else {})
 
 
-def decide(config: AnnotateConfig, chunks: list[dict[str, Any]], task: Folder, scratch: Folder) -> list[list[str | None]]:
-    """Why each annotated row is rejected, or None, by chunk. A function of the rows and their order alone."""
-    held_out = HeldOut([t for split in ("validation", "test") for t in texts_of(task.read_table(f"{split}.parquet"))])
-    seen: set[str] = set()
-    reasons: list[list[str | None]] = []
-    rows, places, fixed = [], [], []  # what is left: shingles, (chunk, row in it), whether it is the task's own
-    for number, chunk in enumerate(chunks):
-        source = chunk["source"]
-        records = scratch.read_table(part_name(chunk), READ).to_pylist()
-        reasons.append([reject_reason(record, source, held_out, seen, config) for record in records])
-        if config.near_duplicates < 1:
-            for i, record in enumerate(records):
-                if reasons[-1][i] is None:
-                    rows.append(shingles((record["text"], record["text_pair"])))
-                    places.append((number, i))
-                    fixed.append(source == "task")
-    for row in np.flatnonzero(near_duplicates(rows, np.array(fixed, bool), config.near_duplicates) >= 0):
-        number, i = places[row]
-        reasons[number][i] = "near_duplicate"
-    return reasons
-
-
-def part_name(chunk: dict[str, Any]) -> str:
-    return f"part-{chunk['part']:05d}.parquet"
-
-
 def write(
-    chunks: list[dict[str, Any]], reasons_of: list[list[str | None]], inputs: dict[str, Folder], out: dict[str, Folder]
+    runs: list[list[dict[str, Any]]], reasons_of: np.ndarray, inputs: dict[str, Folder], out: dict[str, Folder], workers: Workers | None
 ) -> tuple[Counter[str], Counter[str]]:
-    """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason."""
+    """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason.
+
+    reasons_of: as `decide` gives them. workers None: in this process.
+    """
+    first = out["scratch"].read_table(part_name(runs[0][0]), ["embedding"])["embedding"]  # task rows come first and have text
+    width = next((len(value) for value in first.to_pylist() if value is not None), 0)
+    cuts = np.cumsum([sum(chunk["rows"] for chunk in chunks) for chunks in runs])[:-1]
+    calls = [(chunks, some, inputs, out, width) for chunks, some in zip(runs, np.split(reasons_of, cuts), strict=True)]
+    by_source, reasons = Counter[str](), Counter[str]()
+    for kept, rejected in each(write_run, calls, workers, "annotate: store"):
+        by_source.update(kept)
+        reasons.update(rejected)
+    return by_source, reasons
+
+
+def write_run(
+    chunks: list[dict[str, Any]], reasons_of: np.ndarray, inputs: dict[str, Folder], out: dict[str, Folder], width: int
+) -> tuple[Counter[str], Counter[str]]:
+    """`write` of one run of chunks (a Ray task). width: of the teacher's embeddings."""
     task = Task.read(inputs["task"])
     made_by = {source: inputs[name].read_json(MANIFEST)["fingerprint"][:16] for name, source in PARTS.items() if name in inputs}
-    by_source, reasons = Counter[str](), Counter[str]()
-    width = 0
-    for chunk, found in zip(chunks, reasons_of, strict=True):
+    by_source, reasons, codes = Counter[str](), Counter[str](), iter(reasons_of.tolist())
+    for chunk in chunks:
         kept, rejected, why = [], [], []
-        for record, reason in zip(out["scratch"].read_table(part_name(chunk)).to_pylist(), found, strict=True):
-            row = store_row(record, chunk["source"], made_by.get(chunk["source"], made_by["generated"]), task)
-            if reason:
-                rejected.append(row)
-                why.append({"reason": reason})
-            else:
+        for record in out["scratch"].read_table(part_name(chunk)).to_pylist():
+            row, code = store_row(record, chunk["source"], made_by.get(chunk["source"], made_by["generated"]), task), next(codes)
+            if code == KEPT:
                 kept.append(row)
-            width = width or len(row.teacher_embedding or ())  # task rows come first and have text
+            else:
+                rejected.append(row)
+                why.append({"reason": REASONS[code]})
         reasons.update(w["reason"] for w in why)
         by_source.update(row.source for row in kept)
         out["store"].write_table(part_name(chunk), table_of(kept, store_schema(width)))

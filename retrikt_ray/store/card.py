@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.tables import matrix
+from retrikt_ray.runtime.tables import matrix, names
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import joined, texts_of
 from retrikt_ray.task.words import distinct, self_bleu, words
@@ -40,8 +40,8 @@ def store_card(store: Folder, rejected: Folder, task: Task, seed: int) -> dict[s
     tenths of the top probability; rows, rejected_rows: drawn ones, of texts that were generated or harvested where there are such.
     """
     table = store.read_tables(columns=COLUMNS)
-    answers, source = matrix(table["teacher_probs"]), np.array(table["source"].to_pylist())
-    condition = np.array([-1 if c is None else c for c in table["condition"].to_pylist()])
+    answers, source = matrix(table["teacher_probs"]), names(table["source"])
+    condition = table["condition"].fill_null(-1).to_numpy()
     kinds = [kind for kind in ("task", "unlabelled", "corpus", "generated") if (source == kind).any()]
     doubted = [kind for kind in kinds if kind in ("corpus", "generated")] or kinds[-1:]  # sources to look at
     rng = np.random.default_rng([seed, 11])
@@ -155,7 +155,7 @@ def drawn(table: pa.Table, task: Task, answers: np.ndarray, index: np.ndarray, r
 
 def drawn_rejected(table: pa.Table, rng: np.random.Generator) -> list[dict[str, Any]]:
     """SHOWN_REJECTED rows of each reason at random, but for those without a text."""
-    reasons, rows = np.array(table["reason"].to_pylist()), []
+    reasons, rows = names(table["reason"]), []
     for reason in sorted(set(reasons.tolist()) - {"failed", "empty"}):
         some = np.flatnonzero(reasons == reason)
         rows += table.take(np.sort(rng.choice(some, min(SHOWN_REJECTED, len(some)), replace=False))).to_pylist()

@@ -11,6 +11,7 @@ import hashlib
 import unicodedata
 from collections.abc import Sequence
 from itertools import chain, pairwise
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -24,10 +25,35 @@ GRAM = 8  # words in a row that two texts share by copying, seldom by chance
 COPIED = 0.5  # of a held-out text's GRAM-grams
 
 
-def key(text: str, text_pair: str | None) -> str:
-    """Equal for texts that differ only in case, spacing and punctuation; a hash, so that a store's keys fit in memory."""
+def key(text: str, text_pair: str | None) -> tuple[int, int]:
+    """Equal for texts that differ only in case, spacing and punctuation; a hash of 128 bits, so that a store's keys fit in memory."""
     plain = "\x1f".join(letters(part) or part for part in (text, text_pair or ""))
-    return hashlib.blake2b(plain.encode(), digest_size=12).hexdigest()
+    both = hashlib.blake2b(plain.encode(), digest_size=16).digest()
+    return int.from_bytes(both[:8], "little"), int.from_bytes(both[8:], "little")
+
+
+def repeated(keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which rows have the key of an earlier one that counts, (N,). keys (N, 2), counts (N,) bool."""
+    order = np.lexsort(keys.T)
+    fresh = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(1))[: len(keys)]
+    groups = np.empty(len(keys), np.int64)
+    groups[order] = np.cumsum(fresh) - 1
+    first = np.full(len(keys), len(keys))
+    np.minimum.at(first, groups[counts], np.flatnonzero(counts))
+    return np.asarray(np.arange(len(keys)) > first[groups])
+
+
+class Ragged(Sequence[np.ndarray]):
+    """Rows of different lengths in one array."""
+
+    def __init__(self, flat: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        self.flat, self.starts, self.ends = flat, starts, ends
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self.flat[self.starts[row] : self.ends[row]]
 
 
 def letters(text: str) -> str:
@@ -65,13 +91,14 @@ def jaccard(first: set[int], second: set[int]) -> float:
     return min((len(common) - shared) / (len(either) - seconds), shared / seconds)
 
 
-def near_duplicates(rows: Sequence[np.ndarray], fixed: np.ndarray, threshold: float) -> np.ndarray:
+def near_duplicates(rows: Sequence[np.ndarray], fixed: np.ndarray, threshold: float, keys: np.ndarray | None = None) -> np.ndarray:
     """Of each row the earlier one that it nearly equals, or -1, (N,). Rows that nearly equal an earlier one are nobody's duplicate.
 
-    rows: shingles, in the order in which rows are kept; fixed (N,): rows that are kept whatever they equal; threshold: of `jaccard`.
+    rows: shingles, in the order in which rows are kept; fixed (N,): rows that are kept whatever they equal; threshold: of `jaccard`;
+    keys: `band_keys` of the rows, where they are known.
     """
     twin = np.full(len(rows), -1)
-    first, following = buckets(rows)
+    first, following = buckets(band_keys(rows) if keys is None else keys)
     for row in np.flatnonzero((first != np.arange(len(rows))[:, None]).any(1) & ~fixed):
         mine, compared = set(rows[int(row)].tolist()), set()
         for band in np.flatnonzero(first[row] != row):
@@ -88,9 +115,8 @@ def near_duplicates(rows: Sequence[np.ndarray], fixed: np.ndarray, threshold: fl
     return twin
 
 
-def buckets(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """By row and band, the first row of its bucket, and the next one after it (-1: none), both (N, BANDS)."""
-    keys = band_keys(rows)
+def buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By row and band, the first row of its bucket, and the next one after it (-1: none), both (N, BANDS). keys: as of `band_keys`."""
     first, following = np.empty(keys.shape, np.int32), np.full(keys.shape, -1, np.int32)
     for band in range(BANDS):
         order = np.argsort(keys[:, band], kind="stable")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from retrikt_ray.runtime.folders import Folder
-from retrikt_ray.runtime.tables import Source, matrix
+from retrikt_ray.runtime.tables import Source, matrix, names
 from retrikt_ray.task.metrics import one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
@@ -171,8 +171,8 @@ def load_validation(task: Folder, outputs: int) -> Rows:
 
 def sources_of(store: Folder) -> np.ndarray:
     """Where each row comes from, (N,): generated, task or unlabelled."""
-    column = store.read_tables(columns=["source"])["source"].combine_chunks().dictionary_encode()
-    return np.array(column.dictionary.to_pylist())[column.indices.to_numpy()]
+    files = [name for name in store.files() if name.startswith("part-")]
+    return np.concatenate([names(store.read_table(name, ["source"])["source"]) for name in files])
 
 
 def held_out(store: Folder, seed: int) -> np.ndarray:

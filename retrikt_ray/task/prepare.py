@@ -20,7 +20,7 @@ from retrikt_ray.task.card import Task
 from retrikt_ray.task.files import HUB, Columns
 from retrikt_ray.task.texts import DataError
 
-VERSION = 1  # raise when the same config would give other files
+VERSION = 2  # raise when the same config would give other files
 REGRESSION_BINS = 5  # generation is conditioned on a class; for regression, on one of this many quantile bins
 
 TASK_SCHEMA = pa.schema(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from making.ports import free_ports
 
 SETTINGS = {"RAY_AUTH_MODE": "disabled", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+WORKER = re.compile("ray::(MapWorker|RayTrainWorker|task|weights_of|teacher_latency)")  # what a stage's workers are called
 
 
 @contextmanager
@@ -50,29 +56,54 @@ class LocalNodes:
     cluster: Any
     env: dict[str, str]  # of a driver on the head
     dashboard: str
+    journal: Path  # of the object store
 
     def add(self) -> Any:
         return self.cluster.add_node(num_cpus=2)
 
+    def written(self, uri: str, kind: str) -> int:
+        """Files below a URI, with this in their names, that were written so far; those that are gone again count, too."""
+        below = f'"path": "/{uri.removeprefix("s3://")}/'
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        return sum(kind in json.loads(line)["path"] for line in lines if below in line)
+
+    def at_work(self) -> list[Any]:
+        """The nodes on which a worker of a stage is at work."""
+        nodes = sorted(self.cluster.worker_nodes, key=lambda node: str(node.node_id))
+        return [node for node in nodes if any(WORKER.match(title) for title in titles(raylet(node)))]
+
     def kill(self, node: Any) -> None:
         """SIGKILL to the node's raylet, and to all that was its own, as when a machine loses its power."""
-        raylet = node.all_processes["raylet"][0].process.pid
-        workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(raylet)], capture_output=True, text=True).stdout.split()
-        for pid in (raylet, *map(int, workers)):
+        for process in (raylet(node), *raylet(node).children()):
             try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+                process.send_signal(signal.SIGKILL)
+            except psutil.NoSuchProcess:
                 continue  # a worker that ended by itself
         self.cluster.remove_node(node, allow_graceful=False)
 
 
+def raylet(node: Any) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def titles(process: psutil.Process) -> list[str]:
+    """What its children are called."""
+    found = []
+    for child in process.children():
+        try:
+            found.append(" ".join(child.cmdline()))
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
 @contextmanager
-def local_nodes(workers: int) -> Iterator[LocalNodes]:
-    """Nodes in processes of their own, and an object store beside them."""
+def local_nodes(workers: int, more: dict[str, str] | None = None) -> Iterator[LocalNodes]:
+    """Nodes in processes of their own, and an object store beside them. more: of the nodes' environment."""
     from ray.cluster_utils import Cluster
 
-    with s3_server() as settings:
-        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    with tempfile.TemporaryDirectory() as home, s3_server(Path(home) / "journal") as settings:
+        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])} | (more or {})
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # which the nodes inherit
         dashboard, agent = free_ports(2)
@@ -82,7 +113,9 @@ def local_nodes(workers: int) -> Iterator[LocalNodes]:
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_agent_listen_port": agent}
         cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
         try:
-            found = LocalNodes(cluster, os.environ | {"RAY_ADDRESS": cluster.address}, f"http://127.0.0.1:{dashboard}")
+            found = LocalNodes(
+                cluster, os.environ | {"RAY_ADDRESS": cluster.address}, f"http://127.0.0.1:{dashboard}", Path(home) / "journal"
+            )
             for _ in range(workers):
                 found.add()
             yield found

@@ -1,8 +1,9 @@
-"""What stands between the network and the replicas: HAProxy with what is made of Ray's configuration, without Ray."""
+"""What stands between the network and the replicas, without Ray: HAProxy with what is made of Ray's configuration, and what goes around Ray's proxy."""
 
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -11,10 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
+from making.serving_local import Local
 
+from retrikt_ray.serving.front import Front, middlewares
 from retrikt_ray.serving.server import address_of, environment, free_port
 
 CONFIG = """global
@@ -196,3 +202,55 @@ def test_statistics_and_figures_are_not_there(front: tuple[psutil.Process, int])
     every = [front[0], *front[0].children(recursive=True)]
     found = {(c.laddr.ip, c.laddr.port) for p in every for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert found == {("127.0.0.1", front[1])}
+
+
+def said(*messages: Any) -> httpx.Response:
+    """What comes through where Ray's proxy says so much."""
+
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        for message in messages:
+            await send(message)
+
+    return Local(Front(proxy)).get("/")
+
+
+def head(status: int, kind: bytes) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", kind), (b"x-request-id", b"7")]}
+
+
+BODY = {"type": "http.response.body", "body": b'{"code": "its own"}'}
+PLAIN, JSON = b"text/plain; charset=utf-8", b"application/json"
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        ((), "interrupted"),  # the replica was lost
+        ((head(200, JSON),), "interrupted"),  # between head and body
+        ((head(503, PLAIN), BODY), "overloaded"),
+        ((head(408, PLAIN), BODY), "interrupted"),
+    ],
+)
+def test_what_rays_proxy_says_by_itself_is_a_503_that_says_when_to_come_again(messages: tuple[Any, ...], code: str) -> None:
+    answer = said(*messages)
+    assert (answer.status_code, answer.json()["code"], answer.headers["retry-after"]) == (503, code, "1")
+
+
+@pytest.mark.parametrize(("status", "kind"), [(200, JSON), (200, PLAIN), (503, JSON), (408, JSON), (404, PLAIN)])
+def test_what_a_replica_answers_comes_through_as_it_is(status: int, kind: bytes) -> None:
+    answer = said(head(status, kind), BODY)
+    assert (answer.status_code, answer.headers["x-request-id"], answer.content) == (status, "7", BODY["body"])
+    assert "retry-after" not in answer.headers
+
+
+def test_a_body_in_pieces_comes_through() -> None:
+    assert said(head(200, JSON), BODY | {"more_body": True}, BODY).content == BODY["body"] * 2
+
+
+def test_the_image_has_rays_proxy_take_it() -> None:
+    from ray.serve._private.http_util import validate_http_proxy_callback_return
+    from ray.serve._private.utils import call_function_from_import_path
+
+    dockerfile = (Path(__file__).parents[2] / "cluster" / "Dockerfile").read_text()
+    (named,) = re.findall(r"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=(\S+)", dockerfile)
+    assert validate_http_proxy_callback_return(call_function_from_import_path(named))[0].cls is middlewares()[0].cls is Front
