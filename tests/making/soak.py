@@ -52,19 +52,29 @@ class Soak:
     def replicas(self) -> list[psutil.Process]:
         return [p for p in self.process.children(recursive=True) if p.name().startswith("ray::ServeRepl")]
 
-    async def ask(self, http: httpx.AsyncClient, method: str, path: str, body: Any = None) -> httpx.Response | None:
-        """An answer that is 200, else None; anything but a 429 or 503 that says when to come again is a failure."""
+    async def ask(
+        self, http: httpx.AsyncClient, method: str, path: str, body: Any = None, version: str | None = None
+    ) -> httpx.Response | None:
+        """An answer that is 200, or 412 where an edit is meant for a version; else None. Anything but a 429 or 503 that says when to come again is
+        a failure."""
+        headers = {"If-Match": f'"{version}"'} if version else {}
         try:
-            answer = await http.request(method, path, json=body)
+            answer = await http.request(method, path, json=body, headers=headers)
         except httpx.HTTPError as error:
             self.failures.append(f"{method} {path}: {error!r}")
             return None
         self.statuses[f"{answer.status_code}"] += 1
-        if answer.status_code == 200:
+        if answer.status_code == 200 or (version and answer.status_code == 412):
             return answer
         if answer.status_code not in (429, 503) or "retry-after" not in answer.headers:
             self.failures.append(f"{method} {path}: {answer.status_code} {answer.text[:200]}")
         return None
+
+    async def version(self, http: httpx.AsyncClient) -> str:
+        """Of the knowledge, now."""
+        while (info := await self.ask(http, "GET", "/info")) is None:
+            await asyncio.sleep(1)
+        return f"{info.json()['release']}.{info.json()['store']['version']}"
 
     async def load(self, http: httpx.AsyncClient, end: Callable[[], bool]) -> None:
         """One client: all routes, one after the other, and a moment's rest."""
@@ -115,24 +125,15 @@ class Soak:
 
     async def write(self, http: httpx.AsyncClient, count: int) -> None:
         """The probe gets one label and the other, and is now and then deleted."""
-        made = 0
-        for i in itertools.count():
-            if made == count:
-                return
+        version = await self.version(http)
+        for i in range(count):
             label = None if i % 5 == 4 else LABELS[i % 2]
+            edit: tuple[Any, ...] = ("PUT", "/knowledge", {"rows": [{"id": "probe", "text": PROBE, "label": label}]})
             if label is None:
-                answer = await self.ask(http, "DELETE", "/knowledge?id=probe")
-            else:
-                answer = await self.ask(http, "PUT", "/knowledge", {"rows": [{"id": "probe", "text": PROBE, "label": label}]})
-            if answer is None:  # refused, or made by a replica that could not say so any more
+                edit = ("DELETE", "/knowledge?id=probe", None)
+            while (answer := await self.ask(http, *edit, version)) is None:  # it may have been made all the same, or be made yet
                 await asyncio.sleep(1)
-                info = await self.ask(http, "GET", "/info")
-                version = info and f"{info.json()['release']}.{info.json()['store']['version']}"
-                if version is None or version in self.told or version.endswith(".0"):
-                    continue
-            else:
-                version = answer.json()["version"]
-            made += 1
+            version = answer.json()["version"] if answer.status_code == 200 else await self.version(http)
             self.told[version] = label
 
     async def burst(self, http: httpx.AsyncClient) -> None:
