@@ -30,11 +30,7 @@ from retrikt_ray.teacher.annotator import Annotator
 from retrikt_ray.teacher.teach import annotator_optimizer
 
 TOKENS, TEXTS, STEPS = 64, 16, 5
-SIDES = {
-    "whole, float32": ("whole", "float32"),
-    "adapters, float32": ("adapters", "float32"),
-    "adapters, bfloat16": ("adapters", "bfloat16"),
-}
+SIDES = (("whole", "float32"), ("adapters", "float32"), ("adapters", "bfloat16"))  # what is tuned, and the base's dtype
 
 
 def side(folder: str, way: str, dtype: str) -> dict[str, float]:
@@ -99,10 +95,10 @@ def main() -> None:
         print(
             "| | trained parameters | peak memory, MB | bytes a parameter of the base | checkpoint, MB | s a step |\n|---|---|---|---|---|---|"
         )
-        for name, (way, dtype) in SIDES.items():
+        for way, dtype in SIDES:
             f = json.loads(apart("--side", folder, way, dtype).splitlines()[-1])
             memory = f"{f['peak_mb']:,.0f} | {1e6 * f['peak_mb'] / f['parameters']:.1f}"
-            print(f"| {name} | {f['trained']:,} | {memory} | {f['checkpoint_mb']:,.0f} | {f['seconds']:.2f} |", flush=True)
+            print(f"| {way}, {dtype} | {f['trained']:,} | {memory} | {f['checkpoint_mb']:,.0f} | {f['seconds']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

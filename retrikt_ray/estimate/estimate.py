@@ -22,9 +22,7 @@ from retrikt_ray.task.corpus import files_of
 
 WAVES = 6  # shards that each worker writes in the small run: fewer say little about their rate
 UNLABELLED = 400  # texts of the domain in the small run
-MOVED = (
-    0.3  # of a text's length, which iterations that the small run leaves out may change (TREC: from 15.7 tokens after 4 to 11.4 after 16)
-)
+MOVED = 0.3  # of a text's length, which iterations that the small run leaves out may change (TREC: 15.7 tokens after 4, 11.4 after 16)
 CANDIDATES, MEGABYTES = 2048, 8  # of a corpus there, the latter for each worker
 STEPS, STUDENT_STEPS = 16, 240  # of a training or of reinforcement there, about; the student's are short
 PROMPT_STEPS = 128  # texts behind a prompt that has learnt little are longer or shorter than those of the run

@@ -41,6 +41,15 @@ class Search(Protocol):
         ...
 
 
+def checked(queries: np.ndarray, k: int, width: int) -> np.ndarray:
+    """Queries as FAISS takes them, (Q, width) float32. Raises ValueError."""
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {width})")
+    if k < 1:
+        raise ValueError(f"k is {k}; expected 1 or more")
+    return np.ascontiguousarray(queries, dtype=np.float32)
+
+
 def falling(similarities: np.ndarray) -> bool:
     """Whether each row (Q, k) falls from place to place, without ties."""
     return bool((similarities[:, 1:] < similarities[:, :-1]).all())
@@ -246,12 +255,7 @@ class Searcher:
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """As `Search.search`. allowed covers all positions of the store."""
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
-        if k < 1:
-            raise ValueError(f"k is {k}; expected 1 or more")
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        return complete(self.once, self.rows, queries, k, allowed)
+        return complete(self.once, self.rows, checked(queries, k, self.width), k, allowed)
 
     def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> tuple[np.ndarray, np.ndarray]:
         """As `search`, but from the lists that are probed, or all of them."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from retrikt_ray.index.search import complete, merge
+from retrikt_ray.index.search import checked, complete, merge
 
 AGAIN_S = 0.1  # before a holder that was lost is asked again
 
@@ -50,9 +50,7 @@ class Spread:
 
     def search(self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None) -> Found:
         """As `Search.search`. Raises MissingShards."""
-        if queries.ndim != 2 or queries.shape[1] != self.width:
-            raise ValueError(f"queries have shape {queries.shape}; the index expects (Q, {self.width})")
-        return complete(self.once, self.rows, queries, k, allowed)
+        return complete(self.once, self.rows, checked(queries, k, self.width), k, allowed)
 
     def once(self, queries: np.ndarray, k: int, allowed: np.ndarray | None, everywhere: bool) -> Found:
         """As `Searcher.once`. Raises MissingShards."""

@@ -137,9 +137,8 @@ def follow(label: str, unit: str) -> Iterator[Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )  # a worker's node may vanish, and the board with it
+    # On the driver's node: a worker's may vanish, and the board with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor: Any = ray.remote(num_cpus=0)(Board)
     board: Any = actor.options(scheduling_strategy=here).remote()
     stop = threading.Event()

@@ -21,7 +21,7 @@ from retrikt_ray.task.texts import texts_of
 from retrikt_ray.task.words import words
 
 READ = ["text", "text_pair", "condition", "finished", "error", "probs"]  # what a decision looks at
-REASONS = (  # in the order in which they are looked for, but for the last two, which need the rows before: the first that applies counts
+REASONS = (  # the first of them counts, but that a duplicate is one whatever its label; the last two need the rows before
     "failed",
     "empty",
     "leakage",

@@ -224,6 +224,8 @@ def test_shards_that_others_hold_answer_as_this_process(tmp_path: Path) -> None:
     assert (three[1].losses, spread.missing) == (0, 0)
     with pytest.raises(ValueError, match=r"queries have shape \(1, 4\); the index expects \(Q, 12\)"):
         spread.search(np.zeros((1, 4), np.float32), 1)
+    with pytest.raises(ValueError, match="k is 0; expected 1 or more"):
+        spread.search(vectors[:1], 0)
 
 
 @pytest.mark.parametrize("lost", [False, True])
