@@ -24,12 +24,13 @@ from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.teacher.annotator import Annotator
 
 REPO = Path(__file__).resolve().parents[1]
+INTERRUPTED = signal.getsignal(signal.SIGINT)  # the handler before any run
 SYSTEMS = {"retrikt", "student_kd_store", "student_kd_labels", "student_labels", "tfidf_store", "tfidf_labels", "majority"}
 
 
 def test_ctrl_c_ends_what_follows_a_training(run: pipeline.Run) -> None:
     """Ray Train leaves a handler behind that swallows it."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is INTERRUPTED
 
 
 def test_every_artifact_is_sealed_and_verifies(run: pipeline.Run) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from retrikt_ray.runtime.leases import conditional, hold, lease
 from retrikt_ray.runtime.leases.conditional import Changed
 from retrikt_ray.runtime.leases.hold import RUN
 from retrikt_ray.runtime.leases.holder import card_of, dead, identity, myself
-from retrikt_ray.runtime.leases.lease import Lease, LeaseHeld, LeaseLost
+from retrikt_ray.runtime.leases.lease import LOST, Lease, LeaseHeld, LeaseLost
 
 NAME = "run.lease.json"
 
@@ -269,7 +271,15 @@ def test_an_answer_that_was_lost_costs_nobody_the_lease(place: Folder) -> None:
     assert mine.tag == conditional.get(place, NAME)[1] and not mine.lost
 
 
-def test_work_in_the_main_thread_ends_when_the_lease_is_lost(place: Folder) -> None:
+@pytest.fixture
+def background() -> Iterator[None]:
+    """As in a process that a script started in the background: Ctrl-C is not for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_work_in_the_main_thread_ends_when_the_lease_is_lost(place: Folder, background: None) -> None:
     began = time.monotonic()
     with pytest.raises(LeaseLost, match="it is held by `somebody`"), hold.hold(place, RUN):
         tag = None
@@ -282,6 +292,7 @@ def test_work_in_the_main_thread_ends_when_the_lease_is_lost(place: Folder) -> N
                 continue
         time.sleep(20)
     assert time.monotonic() - began < 2
+    assert signal.getsignal(LOST) is signal.SIG_DFL  # as it was
 
 
 def test_an_artifact_is_sealed_by_who_holds_the_run(place: Folder) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 from retrikt_ray.runtime.folders import S3, Folder, as_json
 from retrikt_ray.runtime.leases.conditional import Changed
 from retrikt_ray.runtime.leases.holder import card_of, myself, told, utc
-from retrikt_ray.runtime.leases.lease import Lease, LeaseHeld, LeaseLost, Right
+from retrikt_ray.runtime.leases.lease import LOST, Lease, LeaseHeld, LeaseLost, Right
 from retrikt_ray.runtime.progress import console
 
 RUN, KNOWLEDGE = "run", "knowledge"  # what there is to hold
@@ -64,7 +65,9 @@ def locked(path: Path, wait_s: float) -> Iterator[None]:
 def leased(lease: Lease, wait_s: float) -> Iterator[Lease]:
     """Hold a lease, with a thread that keeps it."""
     lease.acquire(wait_s)
-    keeper = threading.Thread(target=lease.keep, args=(threading.current_thread() is threading.main_thread(),), daemon=True)
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(LOST, signal.default_int_handler) if main else None
+    keeper = threading.Thread(target=lease.keep, args=(main,), daemon=True)
     keeper.start()
     try:
         refuses(lease)
@@ -76,6 +79,8 @@ def leased(lease: Lease, wait_s: float) -> Iterator[Lease]:
     finally:
         lease.ended.set()
         keeper.join()
+        if main:
+            signal.signal(LOST, before)
         lease.release()
 
 

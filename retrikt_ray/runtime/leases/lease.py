@@ -29,6 +29,7 @@ TRUST_S = 40.0  # its holder believes in it for so long: what it sends then has 
 BEAT_S = 10.0  # between two renewals
 POLL_S = 0.5  # between two looks at somebody else's
 SAY_S = 2.0  # of waiting, before it is said
+LOST = signal.SIGUSR1  # not SIGINT: what a script starts in the background ignores it, and Ray Train has a handler of its own for it
 
 
 class LeaseHeld(ConfigError):
@@ -141,7 +142,7 @@ class Lease(Right):
                 self.renew()
             except LeaseLost:
                 if main and not self.ended.is_set():
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # also out of a call that waits
+                    signal.pthread_kill(threading.main_thread().ident or 0, LOST)  # also out of a call that waits
                 return
             except OSError as error:  # the store cannot be reached: `check` sees whether that matters
                 console.print(f"cannot renew the lease {self}: {error}", markup=False)
