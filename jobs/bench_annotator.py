@@ -57,7 +57,7 @@ def side(folder: str, way: str, dtype: str) -> dict[str, float]:
     saved = [*model.trained().values(), *optimizer_state(solo.optimizer).values()]
     return {
         "peak_mb": held(device) - before,
-        "parameters": sum(p.numel() for n, p in model.backbone.named_parameters() if "lora" not in n),
+        "parameters": model.parameter_count,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "checkpoint_mb": sum(t.numel() * t.element_size() for t in saved) / 1e6,
         "seconds": min(b - a for a, b in itertools.pairwise(took)),

@@ -42,6 +42,8 @@ def encoder_of(teacher: Folder) -> Annotator:
     if card["annotator"] in ("prompt", "base"):
         return Annotator.load(teacher)
     made = Annotator.start(card["annotator"], card["base"], card["dtype"], 1, 0, card["max_tokens"])
+    if made.adapted:  # untrained adapters change nothing, and cost time
+        made.backbone = made.backbone.unload()
     return made.eval().requires_grad_(False)
 
 

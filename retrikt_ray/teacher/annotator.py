@@ -10,7 +10,7 @@ An encoder is fine-tuned whole, in float32. An LM stays frozen in its own dtype 
 
 The head of an encoder reads the mean of its last states. The head of an LM reads three things at once (concat pooling, after Howard & Ruder
 2018, section 3.3): the mean token embedding, and the mean and maximum of the states of its middle layer, where an LM knows most of the text
-and least of the next token. docs/lab-notes.md has the figures.
+and least of the next token. docs/lab-notes.md has the figures. The layers above are left out where nothing else needs them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,20 @@ def is_lm(config: Any) -> bool:
     return any(name.endswith(("CausalLM", "LMHeadModel")) for name in config.architectures or [])
 
 
+def cut(backbone: Any) -> int:
+    """Leave out, in place, the layers of an LM that its head does not read; returns how many parameters they had.
+
+    One layer above the middle stays: what a model returns as the states of its last layer is normed. A model whose layers are not one list stays whole.
+    """
+    layers = backbone.config.num_hidden_layers
+    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if len(stacks) != 1:
+        return 0
+    above = stacks[0][layers // 2 + 1 :]
+    del stacks[0][layers // 2 + 1 :]
+    return sum(p.numel() for p in above.parameters())
+
+
 def with_adapters(backbone: Any) -> Any:
     """The backbone, frozen, with float32 adapters of all its linear layers, which change nothing until they are trained."""
     return get_peft_model(backbone, LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules="all-linear"))
@@ -83,11 +97,14 @@ class Annotator(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int, concat: bool) -> None:
+    def __init__(
+        self, backbone: Any, tokenizer: Any, outputs: int, soft_tokens: int, max_tokens: int, concat: bool, left_out: int = 0
+    ) -> None:
+        """left_out: parameters of the backbone that are not there, since the head does not read their layers."""
         super().__init__()
         self.backbone, self.tokenizer, self.max_tokens = backbone, tokenizer, max_tokens
         dim = backbone.get_input_embeddings().weight.shape[1]
-        self.concat = concat
+        self.concat, self.left_out = concat, left_out
         self.temperature = 1.0  # of the softmax of `annotate`, fitted on validation after training
         width = backbone.config.hidden_size * (3 if self.concat else 1)
         self.soft = nn.Parameter(torch.randn(soft_tokens, dim) * 0.02) if soft_tokens else None
@@ -107,8 +124,9 @@ class Annotator(nn.Module):
         # Weights that an optimizer updates stay float32.
         backbone = AutoModel.from_pretrained(path, dtype=pick_dtype(dtype, device) if prompted or lm else torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path)
+        left_out = cut(backbone) if lm else 0
         backbone = with_adapters(backbone) if lm and not prompted else backbone
-        return Annotator(backbone, tokenizer, outputs, soft_tokens if prompted else 0, max_tokens, lm).to(device)
+        return Annotator(backbone, tokenizer, outputs, soft_tokens if prompted else 0, max_tokens, lm, left_out).to(device)
 
     @property
     def adapted(self) -> bool:
@@ -121,8 +139,8 @@ class Annotator(nn.Module):
 
     @property
     def parameter_count(self) -> int:
-        """As it answers, with adapters merged."""
-        return sum(p.numel() for name, p in self.named_parameters() if "lora_" not in name)
+        """Of the whole model, adapters merged."""
+        return self.left_out + sum(p.numel() for name, p in self.named_parameters() if "lora_" not in name)
 
     def encode(self, texts: list[Text]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, right-padded, (B, T) each. LMs see a pair as two lines, encoders in their own pair format."""
@@ -141,17 +159,18 @@ class Annotator(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, outputs) and the embedding that the head reads, (B, width); both float32."""
+        wanted = {"output_hidden_states": True, "use_cache": False} if self.concat else {}
         if self.soft is None:
-            out = self.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=self.concat)
+            out = self.backbone(input_ids=ids, attention_mask=mask, **wanted)
             skip = 0
         else:
             tokens = self.backbone.get_input_embeddings()(ids)
             skip = len(self.soft)
             full = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, skip), mask], 1)
             embeds = torch.cat([self.soft.to(tokens.dtype)[None].expand(len(ids), -1, -1), tokens], 1)
-            out = self.backbone(inputs_embeds=embeds, attention_mask=full, output_hidden_states=self.concat)
+            out = self.backbone(inputs_embeds=embeds, attention_mask=full, **wanted)
         if self.concat:
-            first, middle = (out.hidden_states[i][:, skip:].float() for i in (0, len(out.hidden_states) // 2))
+            first, middle = (out.hidden_states[i][:, skip:].float() for i in (0, self.backbone.config.num_hidden_layers // 2))
             parts = (mean_pool(first, mask), mean_pool(middle, mask), max_pool(middle, mask))
             pooled = torch.cat([layer_norm(p, p.shape[-1:]) for p in parts], -1)
         else:
@@ -232,10 +251,12 @@ class Annotator(nn.Module):
             )
         except OSError as error:
             raise ConfigError(f"the annotator of {teacher} stands on {path!r}, which cannot be read here: {error}") from error
+        left_out = 0 if shared or not card["concat"] else cut(backbone)
         if (folder / "adapter").exists():
             # Merged, they cost a text nothing, and the size of the teacher is the base's.
             backbone = PeftModel.from_pretrained(backbone, folder / "adapter").merge_and_unload()
-        made = Annotator(backbone, tokenizer, card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"]).to(device)
+        sizes = (card["outputs"], card["soft_tokens"], card["max_tokens"], card["concat"], left_out)
+        made = Annotator(backbone, tokenizer, *sizes).to(device)
         made.load_state_dict(load_file(folder / "head.safetensors"), strict=False)
         made.temperature = card.get("temperature", 1.0)
         return made.eval().requires_grad_(False)

@@ -12,12 +12,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn.functional import layer_norm
 from torch.testing import assert_close
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.task.texts import Text
 from retrikt_ray.teacher.annotator import Annotator, is_lm, max_pool, mean_pool
+from retrikt_ray.teacher.base import Base
 
 TEXTS: list[Text] = [
     ("a fine film", None),
@@ -87,6 +88,42 @@ def test_an_lm_head_reads_token_embeddings_and_the_middle_layer(start) -> None:
     assert pooled.shape == (1, 96)
     assert_close(pooled[0], want, rtol=0, atol=1e-5)
     assert_close(logits[0], model.head.weight @ want + model.head.bias, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def tall_lm(tiny_lm: str, tmp_path: Path) -> str:
+    """The tiny model with five layers in place of two."""
+    config = AutoConfig.from_pretrained(tiny_lm, num_hidden_layers=5)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tall")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "tall")
+    return str(tmp_path / "tall")
+
+
+@pytest.mark.parametrize("kind", ["prompt", "base"])
+def test_layers_that_the_head_does_not_read_are_left_out(start, kind: str, tall_lm: str, tmp_path: Path) -> None:
+    model, _ = start(kind, base=tall_lm)
+    whole = AutoModel.from_pretrained(tall_lm)
+    assert len([n for n, _ in model.named_modules() if n.endswith(".self_attn")]) == 3  # the head reads what leaves the second
+    ids, mask = model.encode(TEXTS[:1])
+    with torch.no_grad():
+        soft = torch.zeros(0, 32) if model.soft is None else model.soft
+        embeds = torch.cat([soft, whole.get_input_embeddings()(ids)[0]])
+        states = whole(inputs_embeds=embeds[None], output_hidden_states=True).hidden_states
+        tokens, middle = (states[i][0, len(soft) :] for i in (0, 2))
+        want = torch.cat([layer_norm(p, (32,)) for p in (tokens.mean(0), middle.mean(0), middle.max(0).values)])
+        assert_close(model(ids, mask)[1][0], want, rtol=0, atol=1e-5)
+
+    # the size that is told is of the model that writes the texts, whole; with its own base at hand, no weights are read a second time
+    own = model.head.weight.numel() + model.head.bias.numel() + soft.numel()
+    assert model.parameter_count == own + sum(p.numel() for p in whole.parameters())
+    folder = Folder.at(tmp_path / "teacher")
+    model.save(folder, kind, tall_lm, "auto")
+    base = Base.load(tall_lm)
+    for again in (Annotator.load(folder), Annotator.load(folder, base)):
+        assert again.parameter_count == model.parameter_count
+        assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5)
+    assert len(base.model.model.layers) == 5
 
 
 def test_soft_tokens_stand_in_front_and_are_not_pooled(start) -> None:
