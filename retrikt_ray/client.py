@@ -147,17 +147,20 @@ class Calls:
         return Call("POST", "/knowledge/preview", Preview, {"inputs": inputs(texts), "rows": list(rows), "ids": list(ids)})
 
 
-def headers_of(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"Authorization": f"Bearer {key}"}
+def headers_of(key: str | None, run: str | None) -> dict[str, str]:
+    key_header = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return key_header if run is None else key_header | {"serve_multiplexed_model_id": run}
 
 
 class Client:
     """Calls a server. Methods that take texts take a list, and give one answer per text, in order. Threads may share it."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout_s: float = 30.0, **more: Any) -> None:
-        """key: where the server needs one; timeout_s: of a call with all its tries; more: for httpx.Client."""
+    def __init__(
+        self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any
+    ) -> None:
+        """key: where the server needs one; timeout_s: of a call with all its tries; run: by name, another than the server's own; more: for httpx.Client."""
         self.timeout_s = timeout_s
-        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers_of(key), **more)
+        self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers_of(key, run), **more)
 
     def __enter__(self) -> Self:
         return self
@@ -235,10 +238,12 @@ def request_of(call: Call[Any], timeout_s: float) -> dict[str, Any]:
 class AsyncClient:
     """As `Client`, for asyncio: each method is awaited."""
 
-    def __init__(self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout_s: float = 30.0, **more: Any) -> None:
+    def __init__(
+        self, url: str = "http://127.0.0.1:8000", key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any
+    ) -> None:
         """As for `Client`; more: for httpx.AsyncClient."""
         self.timeout_s = timeout_s
-        self.http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers_of(key), **more)
+        self.http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers_of(key, run), **more)
 
     async def __aenter__(self) -> Self:
         return self

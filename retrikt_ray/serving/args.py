@@ -57,6 +57,14 @@ class ServeArgs(Section):
     reload: bool = Field(
         False, description="Look at the run every second, and take over student, store and index when they were made anew and are whole."
     )
+    runs: str | None = Field(
+        None,
+        description="Folder or URI of further runs. A request is answered from one of them that it names by the header "
+        "serve_multiplexed_model_id (Ray Serve's), from its answers to its knowledge; the page shows `run` alone.",
+    )
+    runs_held: int = Field(
+        4, ge=1, description="Of `runs`, as many as a replica has open at a time: the one that nobody has asked for longest makes room."
+    )
     cors_origins: tuple[str, ...] = Field((), description="Origins whose pages may call this server from a browser, such as https://a.org.")
 
     @property

@@ -51,13 +51,23 @@ class Metrics:
             "retrikt_decided_total", "Sampled texts by each voice without which the label would be another one.", ["voice"], registry=own
         )
         self.edits = Counter("retrikt_edits_total", "Edits over HTTP.", ["kind"], registry=own)
-        self.version = Gauge("retrikt_knowledge_version", "Version that was last answered from.", **newest)
-        self.rows = Gauge("retrikt_knowledge_rows", "Rows of it.", **newest)
+        self.by_run = {
+            "version": Gauge("retrikt_knowledge_version", "Version that was last answered from.", ["run"], **newest),
+            "rows": Gauge("retrikt_knowledge_rows", "Rows of it.", ["run"], **newest),
+            "refused": Gauge(
+                "retrikt_swap_refused", "1 where the run that was last offered was refused: /info says why.", ["run"], **newest
+            ),
+        }
+        self.of("")
         self.swaps = Counter(
             "retrikt_swaps_total", "Runs that were offered in place of the one that answers: taken, refused.", ["outcome"], registry=own
         )
-        self.refused = Gauge("retrikt_swap_refused", "1 where the run that was last offered was refused: /info says why.", **newest)
         self.taken = Gauge("retrikt_release_taken_seconds", "When a release began to answer, in Unix time.", ["release"], **newest)
+
+    def of(self, run: str) -> Metrics:
+        """These figures, told of this run where they are of one; empty: the server's own."""
+        self.version, self.rows, self.refused = (self.by_run[name].labels(run) for name in ("version", "rows", "refused"))
+        return self
 
     def swapped(self, release: str) -> None:
         """A run was taken over."""

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -89,16 +89,18 @@ def missing(error: MissingShards) -> Refusal:
 class Endpoint:
     """One replica."""
 
-    def __init__(self, args: dict[str, Any], groups: Sequence[Any] = ()) -> None:
-        """groups: handles of the deployments that hold the shards."""
+    hold: Callable[[str], Awaitable[Any]] | None = None  # the app of another run by its name, where there are such
+
+    def __init__(self, args: dict[str, Any], groups: Sequence[Any] = (), metrics: Metrics | None = None) -> None:
+        """groups: handles of the deployments that hold the shards. metrics: those of the process, where there are some already."""
         self.args, self.groups = ServeArgs(**args), groups
         if len(groups) != self.args.shard_groups:
             raise ConfigError(f"shard_groups is {self.args.shard_groups}, and {len(groups)} are there: only Ray Serve starts them")
         self.active = self.editing = 0  # requests and edits that wait or are worked on
-        self.metrics = Metrics()
+        self.metrics = metrics or Metrics()
         self.editor = ThreadPoolExecutor(1, "editor")  # a teacher that labels rows must not hold up answers
         self.batcher = Batcher(lambda: self.opened, self.args.max_batch)
-        self.swapping = threading.Lock()
+        self.swapping, self.closed = threading.Lock(), threading.Event()
         self.refused: str | None = None  # why the run that was last offered is not the one that answers
         self.opened = Opened(self.args.run, self.args, self.metrics, groups)
         self.metrics.taken.labels(self.predictor.release).set_to_current_time()
@@ -169,11 +171,21 @@ class Endpoint:
             before, self.opened, self.refused = self.opened, fresh, None
             self.metrics.swapped(fresh.predictor.release)
             logger.info(f"answering from {run}, release {fresh.predictor.release}")
-        # What it was given ends there: batches soon, what an edit would do within the deadline.
-        end = threading.Timer(self.args.deadline_s + 5, before.close)
-        end.daemon = True
-        end.start()
+        self.later(before.close)
         return True
+
+    def later(self, end: Callable[[], None]) -> None:
+        """End something that answers no more once what it was given is done: batches soon, what an edit would do within the deadline."""
+        timer = threading.Timer(self.args.deadline_s + 5, end)
+        timer.daemon = True
+        timer.start()
+
+    def close(self) -> None:
+        """Watch no longer, and give up the run and its threads, once what was asked is answered."""
+        if not self.closed.is_set():
+            self.closed.set()
+            self.later(self.opened.close)
+            self.later(lambda: self.editor.shutdown(wait=False))
 
     def refuse(self, run: str, error: Exception) -> None:
         """Go on as before."""
@@ -186,8 +198,7 @@ class Endpoint:
         """Take over the run that answers when it was made anew and is complete; one that was refused is tried again, since files may follow."""
         tried: list[Any] = []
         seen, again = self.opened.seals, 0.0
-        while True:
-            time.sleep(LOOK_S)
+        while not self.closed.wait(LOOK_S):
             opened, before = self.opened, seen
             try:
                 seen = seals(opened.run)

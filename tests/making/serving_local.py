@@ -66,11 +66,18 @@ class Replica(Local):
         return self.endpoint.predictor
 
 
+async def only_serve(name: str) -> ASGIApp:
+    raise AssertionError(f"{name}: only Serve holds several runs")
+
+
 @contextmanager
 def replica(run: str, **args: Any) -> Iterator[Replica]:
     """Open a replica as Serve does, but for the actor; everybody may read and write unless `open` says else."""
     app: Any = build_app({"run": run, "open": "write", **args})
-    yield Replica(Endpoint(app._bound_deployment.init_args[0]))
+    endpoint = Endpoint(app._bound_deployment.init_args[0])
+    if endpoint.args.runs:
+        endpoint.hold = only_serve
+    yield Replica(endpoint)
 
 
 @contextmanager

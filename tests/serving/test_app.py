@@ -30,7 +30,7 @@ from making.tiny_run import LABELS, TEXTS, make_run
 from pydantic import BaseModel
 from ray.serve.schema import ServeDeploySchema
 
-from retrikt_ray import Client
+from retrikt_ray import Client, Predictor
 from retrikt_ray.knowledge.knowledge import Knowledge
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError, Folder
@@ -143,8 +143,10 @@ class Live:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    run, port = str(make_run(tmp_path_factory.mktemp("runs") / "run")), free_port()
+    runs, port = tmp_path_factory.mktemp("runs"), free_port()
+    run = str(make_run(runs / "run"))
     limits: dict[str, Any] = {"max_texts": 5, "max_text_chars": 200, "max_body_bytes": 4000, "deadline_s": 6}
+    limits |= {"runs": str(runs / "others"), "runs_held": 1}
     home = Path(tempfile.mkdtemp(prefix="serving-"))  # Ray's sockets want a short path
     env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT), "RAY_TMPDIR": str(home)}
     args = [f"{key}={value}" for key, value in {**limits, "shard_groups": 2}.items()]
@@ -193,6 +195,35 @@ def test_answers_are_those_of_a_replica_here_to_the_last_digit(live: Live) -> No
         assert (answer.content, answer.status_code) == (here.content, 200)
         for name in ("content-type", "content-security-policy", "x-frame-options", "etag"):
             assert answer.headers.get(name) == here.headers.get(name)
+
+
+def test_other_runs_are_answered_from_where_a_request_names_them(live: Live) -> None:
+    """Two more, of which one at a time is open; what is edited stays so while the other is."""
+    others = Path(live.run).parent / "others"
+    for seed, name in enumerate(("first", "second"), 1):
+        make_run(others / name, seed=seed)
+    make_run(others / "damaged", seed=3)
+    (others / "damaged" / "student" / "config.json").write_text("{}")
+    texts, row = ["a fine film", "so weak"], {"id": "new", "text": QUERY, "label": LABELS[0]}
+    names = (None, "first", "second", "first")
+    clients = {name: Client(live.url, run=name) for name in names}
+    found = [[[a.score for a in answer] for answer in clients[name].predict(texts)] for name in names]
+    assert found[0] != found[1] != found[2] and found[1] == found[3]
+    assert found[1] == [sorted(row, reverse=True) for row in Predictor.open(str(others / "first")).predict(texts).answers.tolist()]
+    edited = clients["first"].put([row])
+    assert [c.explain([QUERY])[0].told for c in clients.values()] == [None, "new", None]
+    assert clients["first"].listing().version == edited.version
+    assert live.client.get("/knowledge").json()["version"] != edited.version
+
+    for name, status, why in (
+        ("third", 404, "there is no run .third."),
+        ("../run", 404, r"there is no run .\.\./run."),
+        ("damaged", 503, "the run damaged cannot be opened: runs/damaged/student/config.json has 2 bytes"),
+    ):
+        answer = live.client.post("/predict", json={"inputs": "a"}, headers={"serve-multiplexed-model-id": name})
+        assert (answer.status_code, re.search(why, answer.json()["error"]) is not None) == (status, True), answer.text
+        assert answer.headers.get("retry-after") == ("30" if status == 503 else None)
+    assert 'retrikt_knowledge_version{run="first"} 1.0' in live.client.get("/metrics").text
 
 
 def shard_groups(live: Live) -> list[psutil.Process]:

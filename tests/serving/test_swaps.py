@@ -73,11 +73,13 @@ def test_another_run_is_taken_over_and_a_damaged_one_is_refused(runs: tuple[str,
         )
         found = figures(opened)
         assert found['retrikt_swaps_total{outcome="taken"}'] == found['retrikt_swaps_total{outcome="refused"}'] == 1
-        assert found["retrikt_swap_refused"] == 1
+        assert found['retrikt_swap_refused{run=""}'] == 1
         release = second[0].partition(".")[0]
         assert found[f'retrikt_release_taken_seconds{{release="{release}"}}'] == pytest.approx(time.time(), abs=60)
         assert opened.endpoint.swap(runs[0])
-        assert told(opened) == first and opened.get("/info").json()["refused"] is None and figures(opened)["retrikt_swap_refused"] == 0
+        assert (
+            told(opened) == first and opened.get("/info").json()["refused"] is None and figures(opened)['retrikt_swap_refused{run=""}'] == 0
+        )
 
 
 def test_a_task_of_another_kind_is_refused(runs: tuple[str, str], tmp_path: Path) -> None:

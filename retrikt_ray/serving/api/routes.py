@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -17,8 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from retrikt_ray import __version__
 from retrikt_ray.serving.api import edits
 from retrikt_ray.serving.api.description import Handle, Operation, openapi
-from retrikt_ray.serving.api.guard import Guard, Keys, route_of
+from retrikt_ray.serving.api.guard import Guard, Keys, needed, route_of
 from retrikt_ray.serving.api.reading import Refusal, read_body, texts_of_inputs
+from retrikt_ray.serving.api.several import HEADER, PARAMETER, Several
 from retrikt_ray.serving.api.wire import (
     Body,
     DeleteBody,
@@ -205,9 +207,14 @@ def versioned(answer: dict[str, Any]) -> Response:
     return JSONResponse(answer, headers={"ETag": f'"{answer["version"]}"'})
 
 
-def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
-    """The ASGI app over one replica. echo: as for Guard."""
+def routes_of(endpoint: Endpoint) -> Table:
+    """What is answered, and counted, over one run."""
     operations = Api(endpoint).operations()
+    if endpoint.hold:
+        operations = [
+            replace(op, statuses=(*op.statuses, 404, 503), parameters=(*op.parameters, PARAMETER)) if needed(op.method, op.path) else op
+            for op in operations
+        ]
     schema, metrics = openapi(operations), endpoint.metrics
     pages = {name: (files("retrikt_ray.serving.api") / f"{name}.html").read_text(encoding="utf-8") for name in ("page", "docs")}
 
@@ -245,13 +252,21 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
     routes: Routes = {"/": {"GET": page("page")}, "/docs": {"GET": page("docs")}, "/openapi.json": {"GET": described}}
     for op in operations:
         routes.setdefault(op.path, {})[op.method] = counted(op)
-    app: ASGIApp = Guard(Table(routes), endpoint.args, Keys.load(endpoint.args), echo)
+    return Table(routes)
+
+
+def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
+    """The ASGI app over one replica. echo: as for Guard."""
+    app: ASGIApp = routes_of(endpoint)
+    if endpoint.hold:
+        app = Several(app, endpoint.hold, endpoint.args.deadline_s)
+    app = Guard(app, endpoint.args, Keys.load(endpoint.args), echo)
     if endpoint.args.cors_origins:
         app = CORSMiddleware(
             app,
             allow_origins=endpoint.args.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["authorization", "content-type", "if-match", "x-request-id"],
+            allow_headers=["authorization", "content-type", "if-match", "x-request-id", HEADER, HEADER.replace("_", "-")],
             expose_headers=["etag", "x-knowledge-version", "x-knowledge-missing", "x-request-id", "retry-after"],
         )
     return app
