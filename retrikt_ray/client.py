@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from retrikt_ray.serving.api.wire import INTERRUPTED, Edited, Explanation, Found, Info, Listing, Preview, Scores, Sides
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+URL = "http://127.0.0.1:8000"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # before a try where the server has not said when; doubled each time
 
 T = TypeVar("T")
@@ -155,9 +155,7 @@ def headers_of(key: str | None, run: str | None) -> dict[str, str]:
 class Client:
     """Calls a server. Methods that take texts take a list, and give one answer per text, in order. Threads may share it."""
 
-    def __init__(
-        self, url: str = DEFAULT_URL, key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any
-    ) -> None:
+    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any) -> None:
         """key: where the server needs one; timeout_s: of a call with all its tries; run: by name, another than the server's own; more: for httpx.Client."""
         self.timeout_s = timeout_s
         self.http = httpx.Client(base_url=url.rstrip("/"), headers=headers_of(key, run), **more)
@@ -238,9 +236,7 @@ def request_of(call: Call[Any], timeout_s: float) -> dict[str, Any]:
 class AsyncClient:
     """As `Client`, for asyncio: each method is awaited."""
 
-    def __init__(
-        self, url: str = DEFAULT_URL, key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any
-    ) -> None:
+    def __init__(self, url: str = URL, key: str | None = None, timeout_s: float = 30.0, run: str | None = None, **more: Any) -> None:
         """As for `Client`; more: for httpx.AsyncClient."""
         self.timeout_s = timeout_s
         self.http = httpx.AsyncClient(base_url=url.rstrip("/"), headers=headers_of(key, run), **more)
