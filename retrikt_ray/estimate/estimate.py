@@ -17,7 +17,7 @@ from retrikt_ray.runtime import cluster
 from retrikt_ray.runtime.artifacts import read_manifest
 from retrikt_ray.runtime.progress import console, listening
 from retrikt_ray.runtime.settings import Scaled
-from retrikt_ray.student.rows import MOST_TIMES
+from retrikt_ray.student.rows import ENOUGH, MOST_TIMES
 from retrikt_ray.task.corpus import files_of
 
 WAVES = 6  # shards that each worker writes in the small run: fewer say little about their rate
@@ -52,8 +52,8 @@ def estimate(config: RunConfig, out: str) -> dict[str, Any]:
     of_probe = read_manifest(probe.folder / "task")
     assert of_probe is not None
     ratios = scaling.ratios(
-        scaling.amounts(config, train, unlabelled, megabytes(config), MOST_TIMES),
-        scaling.amounts(small, train, of_probe.rows["unlabelled"], megabytes(small), MOST_TIMES),
+        scaling.amounts(config, train, unlabelled, megabytes(config), MOST_TIMES, ENOUGH),
+        scaling.amounts(small, train, of_probe.rows["unlabelled"], megabytes(small), MOST_TIMES, ENOUGH),
     )
     rows = [row(stage, probe, config, *found[stage.name], ratios) for stage in probe.stages]
     with_trainings(rows, probe)

@@ -65,16 +65,18 @@ def stretched(seconds: float, parts: list[Part], ratios: dict[str, float]) -> tu
     return fixed + sum(after for after, _ in scaled), math.sqrt(sum(doubts))
 
 
-def amounts(config: Any, train: int, unlabelled: int, megabytes: float, most_times: int) -> dict[str, float]:
+def amounts(config: Any, train: int, unlabelled: int, megabytes: float, most_times: int, enough: int) -> dict[str, float]:
     """What each piece of work is proportional to, by its label.
 
-    config: a RunConfig; megabytes: of the corpus that are read; most_times: how often distillation repeats a row at most.
+    config: a RunConfig; megabytes: of the corpus that are read; most_times: how often distillation repeats a row at most; enough: unlabelled texts,
+    from which on it is tried on the domain's own rows alone, too.
     """
     rows = config.generate.rows + (config.harvest.rows if megabytes else 0)
     domain = train + unlabelled
     learnt = rows + (
         min(rows, domain * most_times) if rows > domain else domain
     )  # rows of the domain are repeated up to half of what is learnt
+    again = domain if rows and unlabelled >= enough else 0
     return {
         "teach: prompt": train * config.teach.prompt_epochs,
         "teach: annotator": train * config.teach.annotator_epochs,
@@ -83,10 +85,10 @@ def amounts(config: Any, train: int, unlabelled: int, megabytes: float, most_tim
         "harvest: passages": megabytes,
         "harvest: candidates": config.harvest.candidates,
         "annotate": domain + rows,
-        "distill: student": learnt * config.distill.epochs,
+        "distill: student": (learnt + again) * config.distill.epochs,
         "index: shards": domain + rows,
         "index: n-grams": domain + rows,
-        "index: n-gram weights": domain + rows,
+        "index: n-gram weights": domain + rows + again,
     }
 
 

@@ -7,6 +7,7 @@ comes last. How well the index answers is measured while it is built: the exact 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -212,11 +213,16 @@ def build_index(
     seed: int,
     workers: Workers | None,
     memory: Memory | None = None,
+    sources: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Dense and lexical shards and the n-gram memory over a store, and index.json, which is returned.
 
-    queries: (Q, width), to measure recall with. memory: the n-gram memory where there is one already, else it is learnt.
+    queries: (Q, width), to measure recall with. memory: the n-gram memory where there is one already, else it is learnt; sources: of the rows that it
+    has learnt from, none: all.
     """
     (memory or learn(store, seed, workers)[0]).write(out)
     vectors = StudentVectors(student, queries.shape[1], workers.threads if workers else 1)
-    return build(config, Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers)
+    card = build(config, Source.of(store), vectors, out, queries=queries[:RECALL_QUERIES], words=True, seed=seed, workers=workers)
+    card["ngrams"] = {"sources": list(sources)}
+    out.write_json("index.json", card)
+    return card

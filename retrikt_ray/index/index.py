@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,37 +16,78 @@ from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.search import Searcher
 from retrikt_ray.index.vectors import StudentVectors, validation_vectors
 from retrikt_ray.index.words.lexical import Lexical
-from retrikt_ray.runtime.cluster import each, plan
+from retrikt_ray.runtime.cluster import Workers, each, plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source, matrix
 from retrikt_ray.task.metrics import losses, one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 8
+VERSION = 9
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
     """Write `index/`: shard-NNNN.faiss, words-NNNN.arrow, ngrams.arrow, index.json, mixture.json, unseen.json.
 
-    1. Learn the n-grams, with and without the held-out rows.  2. Build over the store.  3. Fit the mixture on what nothing has learnt from.
+    1. Learn the n-grams, with and without the held-out rows, from those sources that do best on them.  2. Build over the store.  3. Fit the mixture
+    on what nothing has learnt from.
     """
-    from retrikt_ray.student.rows import held_out
-
     workers, folder = plan(config, "index"), out["index"]
     # 1. n-grams
-    held = held_out(inputs["store"], seed)
-    memory, without = learn(inputs["store"], seed, workers, leave_out=held)
+    found = learnt_best(inputs, seed, workers)
     # 2. build
     queries = each(validation_vectors, [(inputs["task"], inputs["student"], workers.threads)], workers, "index: validation")[0]
-    card = build_index(config, inputs["store"], inputs["student"], folder, queries, seed=seed, workers=workers, memory=memory)
+    rest: Any = {"seed": seed, "workers": workers, "memory": found.memory, "sources": found.sources}
+    card = build_index(config, inputs["store"], inputs["student"], folder, queries, **rest)
     # 3. the mixture
-    call = (inputs, folder, held, without, config.voices, workers.threads)
+    call = (inputs, folder, found.held, found.without, config.voices, workers.threads)
     mixture, unseen = each(fit_on_unseen, [call], workers, "index: mixture")[0]
     folder.write_json("mixture.json", asdict(mixture))
     folder.write_json("unseen.json", unseen)
     measured = {"recall_at_10": card["recall"]["value"]} if card["recall"] else {}
     shown = {k: getattr(mixture, k) for k in NAMES}
     return {"rows": card["rows"], "chosen": card["why"], "shards": len(card["shards"])} | measured | shown
+
+
+class Learnt(NamedTuple):
+    """The n-gram memory of a store."""
+
+    memory: Memory
+    without: Memory  # of the same rows, but those that are held out
+    held: np.ndarray  # their positions, sorted
+    sources: tuple[str, ...]  # of the rows that both have learnt from; none: all
+
+
+def learnt_best(inputs: dict[str, Folder], seed: int, workers: Workers) -> Learnt:
+    """The memory from those sources (`courses`) from which one without the held-out rows does best on them and on validation."""
+    from retrikt_ray.student.rows import OWN, among, courses, drawn, sources_of
+
+    sources = sources_of(inputs["store"])
+    held, tried = drawn(sources, seed), courses(sources)
+    seen = np.ones(len(sources), bool)
+    seen[held] = False
+    wanted = [mask for named in tried for mask in (among(sources, named), among(sources, named) & seen)]
+    found = learn(inputs["store"], seed, workers, wanted, among(sources, OWN))
+    best = 0
+    if len(tried) > 1:
+        losses = each(memory_losses, [(inputs, held, found[1::2])], workers, "index: n-grams on unseen rows")[0]
+        best = int(np.argmin(losses))
+    return Learnt(found[2 * best], found[2 * best + 1], held, tried[best])
+
+
+def memory_losses(inputs: dict[str, Folder], held: np.ndarray, memories: list[Memory]) -> list[float]:
+    """The mean loss of each memory on the validation rows and the held-out ones (a Ray task)."""
+    texts, targets, _ = unseen_rows(inputs, held)
+    return [float(losses(memory.answers(texts)[0], targets).mean()) for memory in memories]
+
+
+def unseen_rows(inputs: dict[str, Folder], held: np.ndarray) -> tuple[list[Text], np.ndarray, int]:
+    """Texts and label distributions (Q, C), or values, of the validation rows and of the store's at sorted positions; and how many are of the former."""
+    from retrikt_ray.student.rows import StoreRows
+
+    table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
+    rows = StoreRows(inputs["store"], held).take(list(range(len(held))))
+    truth = one_hot(np.array(table["value"].to_pylist()), rows.teacher.shape[1])
+    return texts_of(table) + rows.texts, np.concatenate([truth, rows.teacher.numpy()]), len(table)
 
 
 def fit_on_unseen(
@@ -56,12 +97,7 @@ def fit_on_unseen(
 
     Returns it with `compared`'s figures.
     """
-    from retrikt_ray.student.rows import StoreRows
-
-    table = inputs["task"].read_table("validation.parquet", [*TEXT_COLUMNS, "value"])
-    rows = StoreRows(inputs["store"], held).take(list(range(len(held))))
-    texts: list[Text] = texts_of(table) + rows.texts
-    targets = np.concatenate([one_hot(np.array(table["value"].to_pylist()), rows.teacher.shape[1]), rows.teacher.numpy()])
+    texts, targets, gold = unseen_rows(inputs, held)
     answers, vectors = (x.numpy() for x in StudentVectors(inputs["student"], 0, threads).load()[0].encode(texts))
     others = np.ones(Source.of(inputs["store"]).rows, bool)
     others[held] = False
@@ -69,9 +105,9 @@ def fit_on_unseen(
     dense, lexical = (Votes(scores, labels_at(inputs["store"], positions)) for positions, scores in found)
     ngrams = memory.answers(texts)
     heard = targets, answers, dense, lexical, ngrams
-    mixture, alone = (fit_mixture(*heard, some, gold=len(table)) for some in (names, ("student",)))
+    mixture, alone = (fit_mixture(*heard, some, gold=gold) for some in (names, ("student",)))
     mixed = mix(answers, voices_of(dense, lexical, ngrams, mixture), mixture)
-    return mixture, compared(targets, mixed, mix(answers, {}, alone)) | {"gold": len(table)}
+    return mixture, compared(targets, mixed, mix(answers, {}, alone)) | {"gold": gold}
 
 
 def labels_at(store: Folder, positions: np.ndarray) -> np.ndarray:

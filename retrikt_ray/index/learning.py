@@ -8,7 +8,7 @@ prior, so that what they say is kept beside what the store says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,24 @@ STEPS, EDIT_STEPS = 120, 20  # of L-BFGS
 TASK_ROWS = 10_000  # that a task counts
 
 
-def learn(store: Folder, seed: int, workers: Workers | None, leave_out: np.ndarray | None = None) -> list[Memory]:
-    """The memory of a store and, where leave_out is given, one of the same rows but these. workers None: in this process.
+def learn(
+    store: Folder, seed: int, workers: Workers | None, wanted: Sequence[np.ndarray] = (), own: np.ndarray | None = None
+) -> list[Memory]:
+    """The memory of the rows of each mask in `wanted`; without any, that of all rows. workers None: in this process.
 
-    leave_out: positions, sorted.
+    wanted: (N,) bool each. own: (N,) bool, the rows of the domain; of a store that is too large up to half of what is learnt from are of these.
     """
     source = Source.of(store)
     positions = np.arange(source.rows)
     if len(positions) > MOST_ROWS:
-        positions = np.sort(np.random.default_rng([seed, 11]).choice(positions, MOST_ROWS, replace=False))
+        rng = np.random.default_rng([seed, 11])
+        first = positions[:0] if own is None else np.flatnonzero(own)
+        first = rng.choice(first, min(len(first), MOST_ROWS // 2), replace=False)
+        rest = rng.choice(np.setdiff1d(positions, first), MOST_ROWS - len(first), replace=False)
+        positions = np.sort(np.concatenate([first, rest]))
     calls = [(source, positions[low : low + TASK_ROWS]) for low in range(0, len(positions), TASK_ROWS)]
     parts = each(counted, calls, workers, "index: n-grams", by_reference=True)
-    rows = [np.ones(len(positions), bool)] + ([] if leave_out is None else [~np.isin(positions, leave_out)])
+    rows = [mask[positions] for mask in wanted] or [np.ones(len(positions), bool)]
     return each(learnt, [(parts, some) for some in rows], workers, "index: n-gram weights")
 
 

@@ -62,8 +62,12 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         # 3. their index
         threads = workers.threads if workers else 1
         queries = each(validation_vectors, [(run / "task", run / "student", threads)], workers, "compact: validation")[0]
-        memory = memory_after(where, [read_edit(folder, e) for e in log.edits])
-        build_index(config, base / "store", run / "student", base / "index", queries, seed=seal.seed, workers=workers, memory=memory)
+        memory, sources = (
+            memory_after(where, [read_edit(folder, e) for e in log.edits]),
+            (where / "index").read_json("index.json")["ngrams"]["sources"],
+        )
+        rest: Any = {"seed": seal.seed, "workers": workers, "memory": memory, "sources": sources}
+        build_index(config, base / "store", run / "student", base / "index", queries, **rest)
         inputs = {"task": check(run / "task").content, "store": stored, "student": student}
         indexed = artifacts.seal(base / "index", config=config.fingerprint_view(), inputs=inputs, started=began, **more).content
 
@@ -85,9 +89,9 @@ def memory_after(base: Folder, edits: list[pa.Table]) -> Memory:
     new = table.filter(pc.invert(table["deleted"]))
     new = new.filter(pc.invert(pc.is_in(new["position"], gone)))
     lost = []
-    for first, rows in source.read(0, source.rows, (*TEXT_COLUMNS, "teacher_probs")):
+    for first, rows in source.read(0, source.rows, (*TEXT_COLUMNS, "teacher_probs", "source")):
         lost.append(rows.filter(pc.is_in(pa.array(range(first, first + len(rows)), pa.int64()), gone)))
-    return edited(memory, labelled(new), labelled(pa.concat_tables(lost)))
+    return edited(memory, labelled(new), labelled(pa.concat_tables(lost), (base / "index").read_json("index.json")["ngrams"]["sources"]))
 
 
 def write_live(store: Folder, edits: list[pa.Table], out: Folder) -> None:

@@ -94,7 +94,9 @@ class View:
             words = base.words.edited(texts_of(new), gone)
             stay = np.ones(len(new), bool)
             stay[gone[gone >= count] - count] = False
-            ngrams = edited(ngrams, labelled(new.filter(pa.array(stay))), labelled(base.taken(gone[gone < count])))
+            ngrams = edited(
+                ngrams, labelled(new.filter(pa.array(stay))), labelled(base.taken(gone[gone < count]), base.card["ngrams"]["sources"])
+            )
             if len(new):
                 added = Searcher.over(matrix(new["vector"]), count, threads)
             new = new.select(VIEWED)
@@ -232,8 +234,10 @@ class View:
         return Neighbour(**row, label=label, score=score)
 
 
-def labelled(rows: pa.Table) -> tuple[list[Text], np.ndarray]:
-    """Texts of some rows, and the teacher's labels of them (n, C)."""
+def labelled(rows: pa.Table, sources: Sequence[str] = ()) -> tuple[list[Text], np.ndarray]:
+    """Texts of some rows, and the teacher's labels of them (n, C). sources: of those that the n-gram memory has learnt from, beside added ones, if not all."""
+    if sources:
+        rows = rows.filter(pc.is_in(rows["source"], pa.array([*sources, "added"])))
     return texts_of(rows), matrix(rows["teacher_probs"]) if len(rows) else np.zeros((0, 1), np.float32)
 
 

@@ -98,6 +98,19 @@ def generated_begin_otherwise(report: Report) -> str | None:
     )
 
 
+def others_not_learnt(report: Report) -> str | None:
+    """Whether student and n-grams did better on unseen rows when they learnt from the domain's own alone."""
+    student, ngrams = report["learnt"]["student"], report["learnt"]["ngrams"]
+    if not student["sources"] or not ngrams["sources"]:
+        return None
+    losses, count = student["loss"], report["rows"]["unlabelled"]
+    return (
+        f"Beside your {count:,} unlabelled texts nothing is learnt from those that were generated or found: the student's loss on unseen rows is "
+        f"{min(losses.values()):.3f} without them, {losses['all']:.3f} with them. They remain as evidence; `generate.rows=0` saves their time, and a larger "
+        "LLM (teach.base) may write some that are worth it."
+    )
+
+
 def store_adds_nothing(report: Report) -> str | None:
     """RetriKT against a student of the labelled rows alone."""
     found = gap(report, "student_labels")
@@ -145,6 +158,7 @@ RULES: tuple[Rule, ...] = (
     cheaper_is_better,
     teacher_no_better,
     store_adds_nothing,
+    others_not_learnt,
     generated_lost,
     generated_off_label,
     generated_off_task,

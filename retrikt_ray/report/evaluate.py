@@ -193,6 +193,7 @@ def compare(inputs: dict[str, Folder], asked: dict[str, Asked], seed: int) -> di
         "store_size": [*sizes, {"rows": kept, "score": systems["retrikt"]["score"]["mean"]}],
         "mixture": inputs["index"].read_json("mixture.json"),
         "unseen": inputs["index"].read_json("unseen.json"),
+        "learnt": {"student": inputs["student"].read_json("learnt.json"), "ngrams": inputs["index"].read_json("index.json")["ngrams"]},
         "reliability": bins,
         "ece": error,
         "seconds": {manifest.stage: manifest.seconds for manifest in stages},

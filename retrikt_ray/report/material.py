@@ -87,15 +87,18 @@ class Material:
 def trained(material: Material, config: DistillConfig, index: list[int], held: list[int] | None = None) -> Student:
     """A student of the run's own kind and size, trained in this process on some of the store's rows.
 
-    held: rows of the store that, beside validation, choose its weights.
+    held: rows of the store that, beside validation, choose its weights, and whether it learns from all the others (`courses`).
     """
     from retrikt_ray.runtime.training import Solo
-    from retrikt_ray.student.fit import fit, untrained
-    from retrikt_ray.student.rows import balanced, joined_rows, load_validation
+    from retrikt_ray.student.fit import fit, unseen_loss, untrained
+    from retrikt_ray.student.rows import among, balanced, courses, joined_rows, load_validation
 
-    rows = material.rows
-    student = untrained(config, material.inputs["teacher"], rows, material.task.pair, material.seed)
-    unseen = joined_rows([load_validation(material.inputs["task"], rows.teacher.shape[1]), rows.take(held or [])])
-    rows = rows.take(balanced(np.array(index), material.source).tolist())
-    fit(student, rows, unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
-    return student
+    every, positions, found = material.rows, np.array(index), []
+    unseen = joined_rows([load_validation(material.inputs["task"], every.teacher.shape[1]), every.take(held or [])])
+    for sources in courses(material.source[index + (held or [])]):
+        wanted = positions[among(material.source[positions], sources)]
+        rows = every.take(balanced(wanted, material.source).tolist())
+        student = untrained(config, material.inputs["teacher"], rows, material.task.pair, material.seed)
+        fit(student, rows, unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
+        found.append((unseen_loss(student, unseen), student))
+    return min(found, key=lambda pair: pair[0])[1]

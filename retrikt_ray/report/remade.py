@@ -16,7 +16,7 @@ from retrikt_ray.index.search import Searcher
 from retrikt_ray.index.words.lexical import Lexical
 from retrikt_ray.index.words.postings import Postings
 from retrikt_ray.report.material import Material, trained
-from retrikt_ray.task.metrics import one_hot
+from retrikt_ray.task.metrics import losses, one_hot
 from retrikt_ray.task.texts import Text
 
 if TYPE_CHECKING:
@@ -39,16 +39,23 @@ class Remade:
     @staticmethod
     def of(material: Material, config: DistillConfig, index: list[int]) -> Remade:
         """index: positions of the rows in the store."""
-        from retrikt_ray.student.rows import drawn
+        from retrikt_ray.student.rows import among, courses, drawn
 
-        held = np.array(index)[drawn(material.source[index], material.seed)].tolist()
+        positions, sources = np.array(index), material.source[index]
+        held = positions[drawn(sources, material.seed)].tolist()
         kept = sorted(set(index) - set(held))
         student, part = trained(material, config, kept, held), material.rows.take(index)
         labels, words = part.teacher.numpy(), Lexical([Postings.of([part.texts], 0)])
         searcher = Searcher.over(student.encode(part.texts)[1].numpy(), 0, material.threads)
-        rest = material.rows.take(kept)
-        unseen = Unseen.of(material, held, np.isin(index, kept), of_texts(rest.texts, rest.teacher.numpy()))
-        made = Remade(student, searcher, words, of_texts(part.texts, labels), labels, unseen, ALONE)
+
+        def memory(wanted: np.ndarray) -> Memory:
+            rows = material.rows.take(positions[wanted].tolist())
+            return of_texts(rows.texts, rows.teacher.numpy())
+
+        seen, masks = np.isin(positions, kept), [among(sources, named) for named in courses(sources)]
+        tried = [Unseen.of(material, held, seen, memory(mask & seen)) for mask in masks]
+        best = min(range(len(tried)), key=lambda i: tried[i].memory_loss)
+        made = Remade(student, searcher, words, memory(masks[best]), labels, tried[best], ALONE)
         return replace(made, mixture=made.fitted())
 
     @cached_property
@@ -88,6 +95,11 @@ class Unseen:
     gold: int  # how many of them are validation's
     others: np.ndarray  # (n,) bool: rows that may be their neighbours
     memory: Memory
+
+    @property
+    def memory_loss(self) -> float:
+        """What the memory's answers alone lose."""
+        return float(losses(self.memory.answers(self.texts)[0], self.targets).mean())
 
     @staticmethod
     def of(material: Material, held: list[int], others: np.ndarray, memory: Memory) -> Unseen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,21 +17,22 @@ if TYPE_CHECKING:
 
     from retrikt_ray.runtime.training import Session
 
-VERSION = 6
+VERSION = 7
+LEARNT = "learnt.json"  # which sources a student has learnt from, and its loss on the unseen rows by the sources that were tried
 
 
 def distill_loop(config: dict[str, Any]) -> None:
-    """Train the student in a Ray Train worker; rank 0 writes `student/`."""
+    """Train a student in a Ray Train worker; rank 0 writes it to `out`."""
     import torch
 
     from retrikt_ray.runtime.training import Session
-    from retrikt_ray.student.fit import fit, untrained
+    from retrikt_ray.student.fit import fit, unseen_loss, untrained
     from retrikt_ray.student.rows import joined_rows, load_store, load_validation
     from retrikt_ray.teacher.base import pick_device
 
     torch.set_num_threads(config["threads"])
     c, seed = DistillConfig(**config["section"]), config["seed"]
-    rows, held = load_store(config["store"], seed)
+    rows, held = load_store(config["store"], seed, config["sources"])
     student = untrained(c, config["teacher"], rows, config["task"].pair, seed)
     torch.nn.Module.to(student.model, pick_device())
 
@@ -43,12 +45,21 @@ def distill_loop(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as name:
             student.save(name)
             config["out"].upload(Path(name))
+        config["out"].write_json(LEARNT, {"sources": config["sources"], "loss": {named(config["sources"]): unseen_loss(student, unseen)}})
+
+
+def named(sources: Sequence[str]) -> str:
+    return " and ".join(sources) or "all"
 
 
 def distill(config: DistillConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `student/` in Hugging Face layout (config.json, model.safetensors, tokenizer files)."""
+    """Write `student/` in Hugging Face layout (config.json, model.safetensors, tokenizer files), and learnt.json.
+
+    1. A student from all rows and, where this is tried (`courses`), one from the domain's own.  2. The one with the smaller loss on unseen rows.
+    """
     from retrikt_ray.runtime.training import launch
     from retrikt_ray.student.model import Student
+    from retrikt_ray.student.rows import courses, sources_of
 
     common = {
         "section": config.model_dump(),
@@ -56,14 +67,25 @@ def distill(config: DistillConfig, inputs: dict[str, Folder], out: dict[str, Fol
         "task_folder": inputs["task"],
         "store": inputs["store"],
         "teacher": inputs["teacher"],
-        "out": out["student"],
         "seed": seed,
     }
-    launch(distill_loop, common, plan(config, "distill", cpus=2, grow=False), out["scratch"], "student", "distill: student")
+    workers, scratch, tried = plan(config, "distill", cpus=2, grow=False), out["scratch"], courses(sources_of(inputs["store"]))
+    # 1. one or two
+    places = [scratch / f"student-{i}-made" for i in range(len(tried))] if len(tried) > 1 else [out["student"]]
+    for i, (sources, place) in enumerate(zip(tried, places, strict=True)):
+        if not place.exists(LEARNT):
+            launch(distill_loop, common | {"sources": sources, "out": place}, workers, scratch, f"student-{i}", "distill: student")
+    # 2. the better one
+    found = [place.read_json(LEARNT) for place in places]
+    losses = {name: loss for one in found for name, loss in one["loss"].items()}
+    best = min(range(len(found)), key=lambda i: losses[named(tried[i])])
+    if len(tried) > 1:
+        out["student"].upload(places[best].local())
+    out["student"].write_json(LEARNT, {"sources": tried[best], "loss": losses})
     model = Student.load(str(out["student"].local())).model
     teacher = inputs["teacher"].read_json("teacher.json")["parameters"]
     return {
         "parameters": model.parameter_count,
         "of_teacher": f"{model.parameter_count / teacher:.2%}",
         "rows": inputs["store"].read_json("store.json")["kept"],
-    }
+    } | ({"learnt_from": named(tried[best])} if len(tried) > 1 else {})

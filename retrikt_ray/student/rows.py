@@ -1,13 +1,14 @@
 """Rows that students are trained on: in memory, or in a store that is read as the training goes, so that memory does not grow with it.
 
 Some of a store's rows are held out: the student does not train on them. With the teacher's labels they choose the student's weights and
-the mixture of its voices (`index/mixture.py`), for which the few validation rows of a low-resource task are not enough.
+the mixture of its voices (`index/mixture.py`), for which the few validation rows of a low-resource task are not enough. They also say whether
+texts that a model wrote are worth learning from where there are unlabelled ones of the domain (`courses`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +23,7 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 COLUMNS = (*TEXT_COLUMNS, "teacher_probs", "teacher_embedding", "value")
 HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that may be held out
 ENOUGH = 500  # unlabelled rows
+OWN = ("task", "unlabelled")  # sources of the domain's own texts
 MOST_TIMES = 8  # that a row is repeated
 WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
 
@@ -175,11 +177,6 @@ def sources_of(store: Folder) -> np.ndarray:
     return np.concatenate([names(store.read_table(name, ["source"])["source"]) for name in files])
 
 
-def held_out(store: Folder, seed: int) -> np.ndarray:
-    """Positions, sorted, of the store's rows that no student trains on."""
-    return drawn(sources_of(store), seed)
-
-
 def drawn(sources: np.ndarray, seed: int) -> np.ndarray:
     """Positions, sorted, of a tenth of the rows that may be held out, at most MOST_HELD. sources (N,): of each row.
 
@@ -197,14 +194,30 @@ def balanced(positions: np.ndarray, sources: np.ndarray) -> np.ndarray:
 
     Generated texts of a small LM are of the domain in part; where they are the many, a student learns to answer them. sources (N,): of each row.
     """
-    own = np.isin(sources[positions], ("task", "unlabelled"))
+    own = np.isin(sources[positions], OWN)
     times = min(MOST_TIMES, max(1, round((~own).sum() / max(1, own.sum()))))
     return np.sort(np.concatenate([positions, np.repeat(positions[own], times - 1)]))
 
 
-def load_store(store: Folder, seed: int) -> tuple[StoreRows, Rows]:
-    """The rows that a student trains on, and those that are held out."""
+def courses(sources: np.ndarray) -> list[tuple[str, ...]]:
+    """Which rows a voice may learn from, by their sources; none named: from all. sources (N,): of each row.
+
+    Where there are enough unlabelled texts beside others, it is tried with the domain's own alone, too, and held-out rows choose: what a small LM
+    writes, or a corpus holds, may be worth less than nothing beside them.
+    """
+    if (sources == "unlabelled").sum() < ENOUGH or np.isin(sources, OWN).all():
+        return [()]
+    return [(), OWN]
+
+
+def among(sources: np.ndarray, named: Sequence[str]) -> np.ndarray:
+    """(N,) bool: which rows are of the named sources; none named: all. sources (N,)."""
+    return np.isin(sources, named) if len(named) else np.ones(len(sources), bool)
+
+
+def load_store(store: Folder, seed: int, named: Sequence[str] = ()) -> tuple[StoreRows, Rows]:
+    """The rows that a student trains on, of the named sources or all, and those that are held out."""
     sources = sources_of(store)
     held = drawn(sources, seed)
-    rows = StoreRows(store, balanced(np.setdiff1d(np.arange(len(sources)), held), sources))
+    rows = StoreRows(store, balanced(np.setdiff1d(np.flatnonzero(among(sources, named)), held), sources))
     return rows, StoreRows(store, held).take(list(range(len(held))))

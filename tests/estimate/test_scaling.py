@@ -43,15 +43,18 @@ def test_amounts() -> None:
             "reinforce": {"steps": 5},
         }
     )
-    found = scaling.amounts(config, 60, 40, 0, 8)
+    found = scaling.amounts(config, 60, 40, 0, 8, 5000)
     assert found["teach: prompt"] == 180 and found["reinforce: prompt"] == 5
     assert found["annotate"] == 1100
     assert found["distill: student"] == (1000 + 800) * 2  # the 100 rows of the domain are repeated 8 times
-    assert scaling.amounts(config, 60, 540, 0, 8)["distill: student"] == (1000 + 1000) * 2
-    assert scaling.amounts(config, 60, 4940, 0, 8)["distill: student"] == (1000 + 5000) * 2
-    with_corpus = scaling.amounts(config, 60, 40, 120.5, 8)  # and 3,000 of its passages
+    assert scaling.amounts(config, 60, 540, 0, 8, 5000)["distill: student"] == (1000 + 1000) * 2
+    assert scaling.amounts(config, 60, 4940, 0, 8, 5000)["distill: student"] == (1000 + 5000) * 2
+    assert (
+        scaling.amounts(config, 60, 4940, 0, 8, 4940)["distill: student"] == (1000 + 5000 + 5000) * 2
+    )  # once more without what was generated
+    with_corpus = scaling.amounts(config, 60, 40, 120.5, 8, 5000)  # and 3,000 of its passages
     assert with_corpus["annotate"] == 4100 and with_corpus["distill: student"] == (4000 + 800) * 2
     assert (with_corpus["harvest: passages"], with_corpus["harvest: candidates"], with_corpus["generate"]) == (120.5, 12000, 1000)
-    small = scaling.amounts(config.model_copy(update={"generate": config.generate.model_copy(update={"rows": 100})}), 60, 40, 0, 8)
+    small = scaling.amounts(config.model_copy(update={"generate": config.generate.model_copy(update={"rows": 100})}), 60, 40, 0, 8, 5000)
     assert scaling.ratios(found, small)["generate"] == 10 and scaling.ratios(found, small)["teach: prompt"] == 1
     assert scaling.ratios({"a": 3}, {"a": 0}) == {"a": 1}

@@ -125,7 +125,7 @@ def test_a_store_is_learnt_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     same(*learn(store, 1, None), want)
     left_out = np.array([0, 5, 29, 30, 31, 119])
     rest = np.setdiff1d(np.arange(120), left_out)
-    whole, without = learn(store, 0, None, left_out)
+    whole, without = learn(store, 0, None, [np.ones(120, bool), ~np.isin(np.arange(120), left_out)])
     same(whole, want)
     same(without, of_texts([TEXTS[i] for i in rest], labels[rest]))
 
@@ -136,9 +136,8 @@ def test_a_large_store_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = learning.counted
     monkeypatch.setattr(learning, "counted", lambda source, positions: (asked.append(positions), before(source, positions))[1])
     store = write_store(Folder.at(tmp_path), TEXTS, some_labels(TEXTS, 2), 2)
-    (first, without), again, other = (
-        learn(store, seed, None, left_out)[:n] for seed, left_out, n in ((0, np.arange(20), 2), (0, None, 1), (1, None, 1))
-    )
+    masks = [np.ones(120, bool), np.arange(120) >= 20]
+    (first, without), again, other = (learn(store, seed, None, wanted) for seed, wanted in ((0, masks), (0, ()), (1, ())))
     assert first.rows == 50 and without.rows == (asked[0] >= 20).sum() < 50
     same(first, *again)
     assert asked[0].tolist() == asked[1].tolist() != asked[2].tolist() and len({*asked[0].tolist()}) == 50

@@ -31,7 +31,7 @@ from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.leases import lease
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.task.texts import TextError
+from retrikt_ray.task.texts import Text, TextError
 
 QUERY = [("a sharp and brave but cold film", None)]
 
@@ -96,6 +96,33 @@ def test_a_deleted_row_is_never_found(run: Folder) -> None:
     assert ids_of(predictor, "never fine")[:2] == ["train-000011", "train-000002"]  # ties by position
     with pytest.raises(ConfigError, match="this would delete all 12 rows"):
         predictor.knowledge.delete(ids_of(predictor, "fine"))
+
+
+def test_the_memory_unlearns_only_what_it_has_learnt(tmp_path: Path) -> None:
+    """Rows 1, 3, 5, ... are generated; compaction keeps in mind that the n-grams never knew them."""
+    run = make_run(tmp_path / "run", learnt=("task", "unlabelled"))
+    texts: list[Text] = [(t, None) for t in TEXTS]
+
+    def says() -> np.ndarray:
+        return Knowledge.open(run).view.ngrams.answers(texts)[0]
+
+    knowledge, before = Knowledge.open(run), says()
+    assert knowledge.view.ngrams.rows == 6
+    knowledge.delete(["train-000001", "train-000003"])
+    np.testing.assert_array_equal(says(), before)
+    knowledge.add([{"id": "new", "text": TEXTS[0], "label": LABELS[0]}])
+    added = says()
+    assert np.abs(added - before).max() > 0.01
+    compact(run)
+    np.testing.assert_array_equal(says(), added)
+    knowledge = Knowledge.open(run)
+    knowledge.delete(["train-000005"])
+    np.testing.assert_array_equal(says(), added)
+    knowledge.delete(["new"])
+    assert np.abs(says() - added).max() > 0.01
+    told = says()
+    knowledge.delete(["train-000000"])
+    assert np.abs(says() - told).max() > 0.001
 
 
 def test_the_teacher_labels_what_has_no_label(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from retrikt_ray.index.build import IndexConfig, build_index
+from retrikt_ray.index.learning import learn
 from retrikt_ray.index.mixture import Mixture
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.artifacts import Manifest
@@ -96,9 +97,13 @@ def make_run(
     mixture: Mixture | None = None,
     seed: int = 0,
     kind: str = "static",
+    learnt: tuple[str, ...] = (),
     **index: Any,
 ) -> Folder:
-    """Write config.yaml, task/, student/, store/ (two parts) and index/ (two shards), each sealed over the others as the pipeline does."""
+    """Write config.yaml, task/, student/, store/ (two parts) and index/ (two shards), each sealed over the others as the pipeline does.
+
+    learnt: sources that the n-gram memory has learnt from; none: all.
+    """
     run = Folder.at(path)
     rng = np.random.default_rng(seed)
     run.write_bytes("config.yaml", b"seed: 0\n")
@@ -145,7 +150,9 @@ def make_run(
 
     queries = student.encode([(r["text"], r["text_pair"]) for r in rows])[1].numpy()
     config = IndexConfig(**({"shards": 2} | index))
-    build_index(config, run / "store", run / "student", run / "index", queries, seed=seed, workers=None)
+    wanted = [np.array([not learnt or row["source"] in learnt for row in rows])]
+    more: Any = {"seed": seed, "workers": None, "sources": learnt, "memory": learn(run / "store", seed, None, wanted)[0]}
+    build_index(config, run / "store", run / "student", run / "index", queries, **more)
     (run / "index").write_json("mixture.json", asdict(mixture or Mixture(0.5, 0.3, 0.2, 0.3, 8, 0.1, 4, 1.0)))
     seal("index", "task", "store", "student", config=config)
     return run

@@ -11,7 +11,7 @@ from retrikt_ray.report.advice import RULES, advise
 
 FINE: dict[str, Any] = {
     "labels": ["a", "b", "c", "d"],
-    "rows": {"train": 256, "validation": 200, "test": 900},
+    "rows": {"train": 256, "validation": 200, "test": 900, "unlabelled": 1000},
     "systems": {"tfidf_labels": {}},
     "paired": {
         "student_labels": {"difference": 0.05, "ci95": 0.02},
@@ -21,6 +21,7 @@ FINE: dict[str, Any] = {
     },
     "teacher_over_tfidf": {"difference": 0.1, "ci95": 0.04},
     "unseen": {"rows": 800, "gold": 200, "gain": 0.02, "ci95": 0.01},
+    "learnt": {"student": {"sources": [], "loss": {"all": 0.5}}, "ngrams": {"sources": []}},
     "mixture": {"student": 1.0, "dense": 0.0, "lexical": 0.0, "ngrams": 0.5},
     "store": {
         "generated": 1000,
@@ -99,6 +100,15 @@ def test_advice_names_the_commonest_reason_of_rejection() -> None:
     assert advice["text"].startswith("Only 0 of 1,000 generated texts became rows; most were rejected as empty (990).")
 
 
+def test_what_was_generated_and_not_learnt_from_is_told() -> None:
+    own = ["task", "unlabelled"]
+    learnt = {"student": {"sources": own, "loss": {"all": 0.5551, "task and unlabelled": 0.5069}}, "ngrams": {"sources": own}}
+    (advice,) = advise(changed("learnt", learnt))
+    assert "your 1,000 unlabelled texts" in advice["text"] and "0.507 without them, 0.555 with them" in advice["text"]
+    for part in ("student", "ngrams"):  # the other learns from them
+        assert rules(changed("learnt", learnt | {part: FINE["learnt"][part]})) == []
+
+
 def test_the_student_alone_is_offered_where_others_speak() -> None:
     level = changed("unseen", {"rows": 1200, "gain": -0.002, "ci95": 0.004})
     (advice,) = advise(level)
@@ -112,6 +122,7 @@ def test_every_rule_is_tried_here() -> None:
     assert {rule.__name__ for rule in RULES} == {
         "teacher_no_better",
         "store_adds_nothing",
+        "others_not_learnt",
         "retrieval_adds_nothing",
         "cheaper_is_better",
         "generated_off_label",

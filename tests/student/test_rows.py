@@ -21,9 +21,10 @@ from retrikt_ray.student.rows import (
     Batches,
     Rows,
     StoreRows,
+    among,
     balanced,
+    courses,
     drawn,
-    held_out,
     joined_rows,
     load_rows,
     load_store,
@@ -194,10 +195,10 @@ def test_only_groups_of_a_window_are_shuffled_together(monkeypatch: pytest.Monke
 
 def test_held_out_rows_are_never_the_tasks(store: Folder) -> None:
     for seed in range(20):
-        held = held_out(store, seed)
+        held = drawn(sources_of(store), seed)
         assert len(held) == 3 and (held % 3 != 0).all()  # a tenth of 30
-        assert held.tolist() == sorted({*held.tolist()}) == held_out(store, seed).tolist()
-    assert len({tuple(held_out(store, seed)) for seed in range(20)}) > 10
+        assert held.tolist() == sorted({*held.tolist()}) == drawn(sources_of(store), seed).tolist()
+    assert len({tuple(drawn(sources_of(store), seed)) for seed in range(20)}) > 10
 
 
 def test_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,9 +217,32 @@ def test_texts_of_the_domain_are_held_out_where_there_are_enough(monkeypatch: py
 
 def test_a_store_is_cut_into_rows_to_train_on_and_rows_held_out(store: Folder) -> None:
     rows, held = load_store(store, 3)
-    positions = held_out(store, 3)
+    positions = drawn(sources_of(store), 3)
     same(held, load_rows(store).take(positions.tolist()))
     assert {*rows.positions.tolist()} == set(range(COUNT)) - set(positions.tolist()) and len(rows) == COUNT - 3
+
+
+def test_a_store_is_cut_into_the_rows_of_some_sources(store: Folder) -> None:
+    rows, held = load_store(store, 3, ("task", "unlabelled"))
+    every, same_held = load_store(store, 3)
+    wanted = np.isin(sources_of(store), ("task", "unlabelled"))
+    assert {*rows.positions.tolist()} == {p for p in every.positions.tolist() if wanted[p]} and 0 < len(rows) < len(every)
+    same(held, same_held)
+
+
+def test_the_domains_own_rows_are_tried_alone_where_there_are_enough_and_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "ENOUGH", 3)
+    own = ("task", "unlabelled")
+    for sources, want in (
+        (["task", "generated", *["unlabelled"] * 3], [(), own]),
+        (["task", "corpus", *["unlabelled"] * 3], [(), own]),
+        (["task", "generated", *["unlabelled"] * 2], [()]),
+        (["task", *["unlabelled"] * 3], [()]),
+        (["task", "generated"], [()]),
+    ):
+        assert courses(np.array(sources)) == want
+    assert among(np.array(["task", "generated", "unlabelled"]), own).tolist() == [True, False, True]
+    assert among(np.array(["task", "generated"]), ()).all()
 
 
 def test_a_store_of_task_rows_alone_holds_none_out(tmp_path: Path) -> None:
