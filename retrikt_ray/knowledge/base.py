@@ -90,6 +90,11 @@ class Base:
         """Where the rows come from, with how many each."""
         return Counter({row["values"]: row["counts"] for row in pc.value_counts(self.rows["source"]).to_pylist()})
 
+    @property
+    def learnt(self) -> list[str]:
+        """Sources of the rows that the n-gram memory has learnt from; none: all."""
+        return learnt_from(self.card)
+
     @cached_property
     def told(self) -> dict[Text, list[int]]:
         """Positions of the rows that somebody added, ascending, by their text as `plain` has it."""
@@ -164,6 +169,12 @@ def open_base(places: Places, log: Log | None, student: str, threads: int, opene
         if found != rows.num_rows:
             raise ArtifactError(f"{index} holds {part} of {found} rows, {store} has {rows.num_rows}")
     return Base(log.base if log else None, store, contents, card, rows, opener(index, threads), words, Memory.unsealed(index))
+
+
+def learnt_from(card: dict[str, Any]) -> list[str]:
+    """By index.json: as `Base.learnt`."""
+    sources: list[str] = card.get("ngrams", {}).get("sources", [])  # an earlier index does not say so: it learnt from all
+    return sources
 
 
 def plain(text: Text) -> Text:

@@ -18,6 +18,7 @@ from retrikt_ray.index.build import IndexConfig, build_index
 from retrikt_ray.index.learning import edited
 from retrikt_ray.index.ngrams import Memory
 from retrikt_ray.index.vectors import validation_vectors
+from retrikt_ray.knowledge.base import learnt_from
 from retrikt_ray.knowledge.log import Log, base_of, check_origin, read_edit, sweep, tagged_log, writing
 from retrikt_ray.knowledge.view import labelled
 from retrikt_ray.runtime import artifacts
@@ -64,7 +65,7 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         queries = each(validation_vectors, [(run / "task", run / "student", threads)], workers, "compact: validation")[0]
         memory, sources = (
             memory_after(where, [read_edit(folder, e) for e in log.edits]),
-            (where / "index").read_json("index.json")["ngrams"]["sources"],
+            learnt_from((where / "index").read_json("index.json")),
         )
         rest: Any = {"seed": seal.seed, "workers": workers, "memory": memory, "sources": sources}
         build_index(config, base / "store", run / "student", base / "index", queries, **rest)
@@ -91,7 +92,7 @@ def memory_after(base: Folder, edits: list[pa.Table]) -> Memory:
     lost = []
     for first, rows in source.read(0, source.rows, (*TEXT_COLUMNS, "teacher_probs", "source")):
         lost.append(rows.filter(pc.is_in(pa.array(range(first, first + len(rows)), pa.int64()), gone)))
-    return edited(memory, labelled(new), labelled(pa.concat_tables(lost), (base / "index").read_json("index.json")["ngrams"]["sources"]))
+    return edited(memory, labelled(new), labelled(pa.concat_tables(lost), learnt_from((base / "index").read_json("index.json"))))
 
 
 def write_live(store: Folder, edits: list[pa.Table], out: Folder) -> None:

@@ -94,9 +94,7 @@ class View:
             words = base.words.edited(texts_of(new), gone)
             stay = np.ones(len(new), bool)
             stay[gone[gone >= count] - count] = False
-            ngrams = edited(
-                ngrams, labelled(new.filter(pa.array(stay))), labelled(base.taken(gone[gone < count]), base.card["ngrams"]["sources"])
-            )
+            ngrams = edited(ngrams, labelled(new.filter(pa.array(stay))), labelled(base.taken(gone[gone < count]), base.learnt))
             if len(new):
                 added = Searcher.over(matrix(new["vector"]), count, threads)
             new = new.select(VIEWED)
