@@ -69,7 +69,7 @@ def amounts(config: Any, train: int, unlabelled: int, megabytes: float, most_tim
     """What each piece of work is proportional to, by its label.
 
     config: a RunConfig; megabytes: of the corpus that are read; most_times: how often distillation repeats a row at most; enough: unlabelled texts,
-    from which on it is tried on the domain's own rows alone, too.
+    from which on it is tried on the domain's own rows alone, too (not in a small run, so that the second start of its workers is not counted).
     """
     rows = config.generate.rows + (config.harvest.rows if megabytes else 0)
     domain = train + unlabelled

@@ -21,7 +21,7 @@ from retrikt_ray.task.metrics import answers_of
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
 PENALTY = 30.0
-MOST_ROWS = 100_000  # that are learnt from, drawn at random from a larger store: bounds memory and time
+MOST_ROWS = 100_000  # that are learnt from, drawn from a larger store: bounds memory and time
 MOST_NUMBERS = 2_000_000  # n-grams x classes that are learnt
 STEPS, EDIT_STEPS = 120, 20  # of L-BFGS
 TASK_ROWS = 10_000  # that a task counts

@@ -104,10 +104,15 @@ def others_not_learnt(report: Report) -> str | None:
     if not student["sources"] or not ngrams["sources"]:
         return None
     losses, count = student["loss"], report["rows"]["unlabelled"]
+    made = report["store"].get("by_source", {}).get("generated", 0)
+    next_step = (
+        "`generate.rows=0` saves their time, and a larger LLM (teach.base) may write some that are worth it"
+        if made
+        else "another corpus may hold some that are worth it (prepare.corpus)"
+    )
     return (
-        f"Beside your {count:,} unlabelled texts nothing is learnt from those that were generated or found: the student's loss on unseen rows is "
-        f"{min(losses.values()):.3f} without them, {losses['all']:.3f} with them. They remain as evidence; `generate.rows=0` saves their time, and a larger "
-        "LLM (teach.base) may write some that are worth it."
+        f"Beside your {count:,} unlabelled texts nothing is learnt from those that were {'generated or ' * bool(made)}found: the student's loss on unseen "
+        f"rows is {min(losses.values()):.3f} without them, {losses['all']:.3f} with them. They remain as evidence; {next_step}."
     )
 
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable
-from copy import copy
 from typing import Any
 
-from starlette.types import ASGIApp
-
 from retrikt_ray.runtime.artifacts import check
-from retrikt_ray.runtime.folders import MANIFEST, ArtifactError, Folder
+from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.api.guard import Keys
-from retrikt_ray.serving.api.reading import Refusal
-from retrikt_ray.serving.api.routes import build_api, routes_of
-from retrikt_ray.serving.api.several import unknown
+from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import parse_args, parse_swap
+from retrikt_ray.serving.held import several
 from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.serving.shards import ShardGroup
 
@@ -107,44 +102,6 @@ class Served(Endpoint):
     def __serve_build_asgi_app__(self) -> Any:
         stay_on_loopback()
         return build_api(self, echo=False)
-
-
-class Held:
-    """A run that a replica answers from beside its own. Serve calls `__del__` when it makes room for another."""
-
-    def __init__(self, run: Folder, name: str, own: Endpoint) -> None:
-        """Raises ArtifactError and ConfigError as Predictor does."""
-        args = own.args.model_copy(update={"run": run.uri, "runs": None, "shard_groups": 0})
-        endpoint = Endpoint(args.model_dump(), metrics=copy(own.metrics).of(name))
-        self.routes, self.close = routes_of(endpoint), endpoint.close
-
-    def __del__(self) -> None:
-        if hasattr(self, "close"):
-            self.close()
-
-
-def several(own: Endpoint, runs: Folder) -> Callable[[str], Awaitable[ASGIApp]]:
-    """The app of a run in a folder by its name, held open as Serve's multiplexing decides: it also sends a request to a replica that has the run open."""
-    from ray import serve
-
-    async def held(name: str) -> Held:
-        return await asyncio.to_thread(Held, runs / name, name, own)
-
-    multiplexed = serve.multiplexed(max_num_models_per_replica=own.args.runs_held)(held)
-    known: set[str] = set()  # that are or were there: it is not asked of the object store for each request
-
-    async def hold(name: str) -> ASGIApp:
-        if name not in known and not await asyncio.to_thread((runs / name / "student").exists, MANIFEST):
-            raise unknown(name)
-        known.add(name)
-        try:
-            found: Held = await multiplexed(name)
-        except (ArtifactError, ConfigError, OSError) as error:
-            why = str(error).replace(runs.uri, "runs")
-            raise Refusal(503, f"the run {name} cannot be opened: {why}", "a whole run", {"Retry-After": "30"}) from None
-        return found.routes
-
-    return hold
 
 
 class ServedShards(ShardGroup):

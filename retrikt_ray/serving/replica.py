@@ -103,6 +103,7 @@ class Endpoint:
         self.swapping, self.closed = threading.Lock(), threading.Event()
         self.refused: str | None = None  # why the run that was last offered is not the one that answers
         self.opened = Opened(self.args.run, self.args, self.metrics, groups)
+        self.metrics.refused.set(0)
         self.metrics.taken.labels(self.predictor.release).set_to_current_time()
         if self.args.reload:
             threading.Thread(target=self.watch, daemon=True).start()
@@ -171,21 +172,18 @@ class Endpoint:
             before, self.opened, self.refused = self.opened, fresh, None
             self.metrics.swapped(fresh.predictor.release)
             logger.info(f"answering from {run}, release {fresh.predictor.release}")
-        self.later(before.close)
+        # What it was given ends there: batches soon, what an edit would do within the deadline.
+        end = threading.Timer(self.args.deadline_s + 5, before.close)
+        end.daemon = True
+        end.start()
         return True
 
-    def later(self, end: Callable[[], None]) -> None:
-        """End something that answers no more once what it was given is done: batches soon, what an edit would do within the deadline."""
-        timer = threading.Timer(self.args.deadline_s + 5, end)
-        timer.daemon = True
-        timer.start()
-
     def close(self) -> None:
-        """Watch no longer, and give up the run and its threads, once what was asked is answered."""
-        if not self.closed.is_set():
-            self.closed.set()
-            self.later(self.opened.close)
-            self.later(lambda: self.editor.shutdown(wait=False))
+        """Watch no longer, and give up the run and its threads after what they have been given to do."""
+        self.closed.set()
+        self.opened.close()
+        self.editor.shutdown(wait=False)
+        self.metrics.refused.set(0)
 
     def refuse(self, run: str, error: Exception) -> None:
         """Go on as before."""

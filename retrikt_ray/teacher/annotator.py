@@ -64,13 +64,17 @@ def cut(backbone: Any) -> int:
 
     One layer above the middle stays: what a model returns as the states of its last layer is normed. A model whose layers are not one list stays whole.
     """
-    layers = backbone.config.num_hidden_layers
-    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == backbone.config.num_hidden_layers]
     if len(stacks) != 1:
         return 0
-    above = stacks[0][layers // 2 + 1 :]
-    del stacks[0][layers // 2 + 1 :]
+    above = stacks[0][middle(backbone) + 1 :]
+    del stacks[0][middle(backbone) + 1 :]
     return sum(p.numel() for p in above.parameters())
+
+
+def middle(backbone: Any) -> int:
+    """After how many layers an LM's head reads it."""
+    return (int(backbone.config.num_hidden_layers) + 1) // 2
 
 
 def with_adapters(backbone: Any) -> Any:
@@ -170,8 +174,8 @@ class Annotator(nn.Module):
             embeds = torch.cat([self.soft.to(tokens.dtype)[None].expand(len(ids), -1, -1), tokens], 1)
             out = self.backbone(inputs_embeds=embeds, attention_mask=full, **wanted)
         if self.concat:
-            first, middle = (out.hidden_states[i][:, skip:].float() for i in (0, self.backbone.config.num_hidden_layers // 2))
-            parts = (mean_pool(first, mask), mean_pool(middle, mask), max_pool(middle, mask))
+            first, states = (out.hidden_states[i][:, skip:].float() for i in (0, middle(self.backbone)))
+            parts = (mean_pool(first, mask), mean_pool(states, mask), max_pool(states, mask))
             pooled = torch.cat([layer_norm(p, p.shape[-1:]) for p in parts], -1)
         else:
             pooled = mean_pool(out.last_hidden_state[:, skip:], mask).float()

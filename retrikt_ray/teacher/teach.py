@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from retrikt_ray.teacher.annotator import Annotator
 
-VERSION = 5
+VERSION = 6
 WORD_DROPOUT = 0.1  # share of tokens that a fine-tuned LM does not see in training: few rows are soon learnt by heart
 
 

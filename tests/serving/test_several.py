@@ -72,6 +72,7 @@ def test_who_waits_too_long_for_a_run_may_come_again(several: Several) -> None:
     assert answer.json()["error"] == "the run slow is being opened"
     several.slow.set()
     assert api.request("POST", "/predict", headers=named, **ASK).json() == "slow"
+    assert several.opened_runs == ["slow"]  # it was the same opening
 
 
 def test_the_description_has_the_header_only_where_there_are_several_runs(several: Several) -> None:

@@ -92,8 +92,8 @@ def test_an_lm_head_reads_token_embeddings_and_the_middle_layer(start) -> None:
 
 @pytest.fixture
 def tall_lm(tiny_lm: str, tmp_path: Path) -> str:
-    """The tiny model with five layers in place of two."""
-    config = AutoConfig.from_pretrained(tiny_lm, num_hidden_layers=5)
+    """The tiny model with seven layers in place of two."""
+    config = AutoConfig.from_pretrained(tiny_lm, num_hidden_layers=7)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tall")
     AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "tall")
@@ -104,13 +104,13 @@ def tall_lm(tiny_lm: str, tmp_path: Path) -> str:
 def test_layers_that_the_head_does_not_read_are_left_out(start, kind: str, tall_lm: str, tmp_path: Path) -> None:
     model, _ = start(kind, base=tall_lm)
     whole = AutoModel.from_pretrained(tall_lm)
-    assert len([n for n, _ in model.named_modules() if n.endswith(".self_attn")]) == 3  # the head reads what leaves the second
+    assert len([n for n, _ in model.named_modules() if n.endswith(".self_attn")]) == 5  # the head reads what leaves the fourth
     ids, mask = model.encode(TEXTS[:1])
     with torch.no_grad():
         soft = torch.zeros(0, 32) if model.soft is None else model.soft
         embeds = torch.cat([soft, whole.get_input_embeddings()(ids)[0]])
         states = whole(inputs_embeds=embeds[None], output_hidden_states=True).hidden_states
-        tokens, middle = (states[i][0, len(soft) :] for i in (0, 2))
+        tokens, middle = (states[i][0, len(soft) :] for i in (0, 4))
         want = torch.cat([layer_norm(p, (32,)) for p in (tokens.mean(0), middle.mean(0), middle.max(0).values)])
         assert_close(model(ids, mask)[1][0], want, rtol=0, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_layers_that_the_head_does_not_read_are_left_out(start, kind: str, tall_
     for again in (Annotator.load(folder), Annotator.load(folder, base)):
         assert again.parameter_count == model.parameter_count
         assert_close(again.annotate(TEXTS), model.annotate(TEXTS), rtol=0, atol=2e-5)
-    assert len(base.model.model.layers) == 5
+    assert len(base.model.model.layers) == 7
 
 
 def test_soft_tokens_stand_in_front_and_are_not_pooled(start) -> None:

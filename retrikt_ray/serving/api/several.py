@@ -42,6 +42,7 @@ class Several:
     def __init__(self, own: ASGIApp, hold: Callable[[str], Awaitable[ASGIApp]], deadline_s: float) -> None:
         """hold: the app of a run by its name, opened if need be. Raises Refusal where there is none or it cannot be opened."""
         self.own, self.hold, self.deadline_s = own, hold, deadline_s
+        self.opening: dict[str, asyncio.Future[ASGIApp]] = {}  # whoever asks for a run meanwhile waits for the same
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = named(scope)
@@ -49,7 +50,10 @@ class Several:
         await app(scope, receive, send)
 
     async def held(self, name: str) -> ASGIApp:
-        opening = asyncio.ensure_future(self.hold(name))
+        opening = self.opening.get(name)
+        if opening is None:
+            opening = self.opening[name] = asyncio.ensure_future(self.hold(name))
+            opening.add_done_callback(lambda _: self.opening.pop(name))
         try:
             async with asyncio.timeout(self.deadline_s):
                 return await asyncio.shield(opening)  # it goes on for those who ask again
