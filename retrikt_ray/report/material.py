@@ -98,7 +98,7 @@ def trained(material: Material, config: DistillConfig, index: list[int], held: l
     for sources in courses(material.source[index + (held or [])]):
         wanted = positions[among(material.source[positions], sources)]
         rows = every.take(balanced(wanted, material.source).tolist())
-        student = untrained(config, material.inputs["teacher"], rows, material.task.pair, material.seed)
+        student = untrained(config, material.inputs["teacher"], every, material.task.pair, material.seed)
         fit(student, rows, unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
         found.append((unseen_loss(student, unseen), student))
     return min(found, key=lambda pair: pair[0])[1]

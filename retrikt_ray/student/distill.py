@@ -27,13 +27,13 @@ def distill_loop(config: dict[str, Any]) -> None:
 
     from retrikt_ray.runtime.training import Session
     from retrikt_ray.student.fit import fit, unseen_loss, untrained
-    from retrikt_ray.student.rows import joined_rows, load_store, load_validation
+    from retrikt_ray.student.rows import every_row, joined_rows, load_store, load_validation
     from retrikt_ray.teacher.base import pick_device
 
     torch.set_num_threads(config["threads"])
     c, seed = DistillConfig(**config["section"]), config["seed"]
     rows, held = load_store(config["store"], seed, config["sources"])
-    student = untrained(c, config["teacher"], rows, config["task"].pair, seed)
+    student = untrained(c, config["teacher"], every_row(config["store"]), config["task"].pair, seed)
     torch.nn.Module.to(student.model, pick_device())
 
     def session_of(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], total: int) -> Session:

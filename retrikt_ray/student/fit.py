@@ -165,7 +165,11 @@ def unseen_loss(student: Student, rows: Rows) -> float:
 
 
 def untrained(config: DistillConfig, teacher: Folder, rows: Rows | StoreRows, pair: bool, seed: int) -> Student:
-    """The student that this config, teacher and store ask for, before training."""
+    """The student that this config, teacher and store ask for, before training.
+
+    rows: of all the store, once each, whatever it trains on: its vocabulary and their frequencies. What was inherited of a token that it does not
+    train on is worth more than nothing.
+    """
     from retrikt_ray.runtime.training import seed_everything
     from retrikt_ray.student.inherit import new_student, pretrained_student
     from retrikt_ray.teacher.annotator import Annotator

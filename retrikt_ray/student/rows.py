@@ -215,6 +215,11 @@ def among(sources: np.ndarray, named: Sequence[str]) -> np.ndarray:
     return np.isin(sources, named) if len(named) else np.ones(len(sources), bool)
 
 
+def every_row(store: Folder) -> StoreRows:
+    """All rows of a store, once each."""
+    return StoreRows(store, np.arange(Source.of(store).rows))
+
+
 def load_store(store: Folder, seed: int, named: Sequence[str] = ()) -> tuple[StoreRows, Rows]:
     """The rows that a student trains on, of the named sources or all, and those that are held out."""
     sources = sources_of(store)
