@@ -71,10 +71,11 @@ def distill(config: DistillConfig, inputs: dict[str, Folder], out: dict[str, Fol
     }
     workers, scratch, tried = plan(config, "distill", cpus=2, grow=False), out["scratch"], courses(sources_of(inputs["store"]))
     # 1. one or two
-    places = [scratch / f"student-{i}-made" for i in range(len(tried))] if len(tried) > 1 else [out["student"]]
-    for i, (sources, place) in enumerate(zip(tried, places, strict=True)):
+    names = ["student-own" if sources else "student" for sources in tried]
+    places = [scratch / f"{name}-made" for name in names] if len(tried) > 1 else [out["student"]]
+    for name, sources, place in zip(names, tried, places, strict=True):
         if not place.exists(LEARNT):
-            launch(distill_loop, common | {"sources": sources, "out": place}, workers, scratch, f"student-{i}", "distill: student")
+            launch(distill_loop, common | {"sources": sources, "out": place}, workers, scratch, name, "distill: student")
     # 2. the better one
     found = [place.read_json(LEARNT) for place in places]
     losses = {name: loss for one in found for name, loss in one["loss"].items()}
