@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from making.tiny_run import LABELS, VALIDATION, WORDS
+from making.tiny_run import LABELS, VALIDATION, WORDS, make_student
 
 from retrikt_ray.index.index import learnt_best
 from retrikt_ray.report.material import Material
@@ -19,7 +19,7 @@ from retrikt_ray.runtime.cluster import plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.store.rows import store_schema
-from retrikt_ray.student.distill import distill
+from retrikt_ray.student.distill import distill, named
 from retrikt_ray.student.fit import DistillConfig
 from retrikt_ray.student.model import Student
 from retrikt_ray.student.rows import load_validation, sources_of
@@ -86,10 +86,9 @@ def right(student: Student, inputs: dict[str, Folder]) -> float:
     return float((student.encode(rows.texts)[0].argmax(1).numpy() == rows.truth.numpy()).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-def test_a_student_learns_from_what_does_best_on_unseen_rows(
-    made: dict[bool, dict[str, Folder]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_student_learns_from_what_does_best_on_unseen_rows(made: dict[bool, dict[str, Folder]], tmp_path: Path) -> None:
     inputs, out = made[True], {"student": Folder.at(tmp_path / "student"), "scratch": Folder.at(tmp_path / "scratch")}
     summary = distill(CONFIG, inputs, out, seed=0)
     learnt = out["student"].read_json("learnt.json")
@@ -97,10 +96,34 @@ def test_a_student_learns_from_what_does_best_on_unseen_rows(
     assert learnt["loss"].keys() == {"all", "task and unlabelled"} and learnt["loss"]["task and unlabelled"] < learnt["loss"]["all"] - 0.1
     assert right(Student.load(str(out["student"].local())), inputs) > 0.9
 
-    # what was trained before the stage was cut off is not trained again
-    out["student"].remove()
-    monkeypatch.setattr("retrikt_ray.runtime.training.launch", None)
-    assert distill(CONFIG, inputs, out, seed=0) == summary and out["student"].read_json("learnt.json") == learnt
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("better", [(), OWN])
+def test_the_better_student_is_kept(
+    made: dict[bool, dict[str, Folder]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: tuple[str, ...]
+) -> None:
+    """What was trained before the stage was cut off is not trained again."""
+    inputs, out = made[True], {"student": Folder.at(tmp_path / "student"), "scratch": Folder.at(tmp_path / "scratch")}
+    trained: list[tuple[str, ...]] = []
+
+    def launch(loop: Any, config: dict[str, Any], workers: Any, scratch: Folder, name: str, label: str) -> None:
+        trained.append(config["sources"])
+        make_student(False, 2, len(trained)).save(str(tmp_path / name))
+        config["out"].upload(tmp_path / name)
+        loss = 0.4 if config["sources"] == better else 0.5
+        config["out"].write_json("learnt.json", {"sources": config["sources"], "loss": {named(config["sources"]): loss}})
+        if len(trained) == 1:
+            raise InterruptedError
+
+    monkeypatch.setattr("retrikt_ray.runtime.training.launch", launch)
+    with pytest.raises(InterruptedError):
+        distill(CONFIG, inputs, out, seed=0)
+    distill(CONFIG, inputs, out, seed=0)
+    assert trained == [(), OWN]
+    learnt = out["student"].read_json("learnt.json")
+    assert learnt["sources"] == list(better) and sorted(learnt["loss"].values()) == [0.4, 0.5]
+    kept = Student.load(str(out["student"].local())).model
+    assert torch.equal(kept.head.weight, make_student(False, 2, 1 + bool(better)).model.head.weight)
 
 
 @pytest.mark.usefixtures("cluster")
