@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, Self, TypeVar
 import httpx2 as httpx
 from pydantic import TypeAdapter
 
-from retrikt_ray.serving.api.wire import INTERRUPTED, Edited, Explanation, Found, Info, Listing, Preview, Scores, Sides
+from retrikt_ray.serving.api.wire import INTERRUPTED, RUN_HEADER, Edited, Explanation, Found, Info, Listing, Preview, Scores, Sides
 
 URL = "http://127.0.0.1:8000"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # before a try where the server has not said when; doubled each time
@@ -149,7 +149,7 @@ class Calls:
 
 
 def headers_of(key: str | None, run: str | None) -> dict[str, str]:
-    return ({"Authorization": f"Bearer {key}"} if key else {}) | ({"serve_multiplexed_model_id": run} if run else {})
+    return ({"Authorization": f"Bearer {key}"} if key else {}) | ({RUN_HEADER: run} if run else {})
 
 
 class Client:

@@ -69,8 +69,8 @@ def learnt_best(inputs: dict[str, Folder], seed: int, workers: Workers) -> Learn
     found = learn(inputs["store"], seed, workers, wanted, among(sources, OWN))
     best = 0
     if len(tried) > 1:
-        losses = each(memory_losses, [(inputs, held, found[1::2])], workers, "index: n-grams on unseen rows")[0]
-        best = int(np.argmin(losses))
+        lost = each(memory_losses, [(inputs, held, found[1::2])], workers, "index: n-grams on unseen rows")[0]
+        best = int(np.argmin(lost))
     return Learnt(found[2 * best], found[2 * best + 1], held, tried[best])
 
 

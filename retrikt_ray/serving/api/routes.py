@@ -20,8 +20,9 @@ from retrikt_ray.serving.api import edits
 from retrikt_ray.serving.api.description import Handle, Operation, openapi
 from retrikt_ray.serving.api.guard import Guard, Keys, needed, route_of
 from retrikt_ray.serving.api.reading import Refusal, read_body, texts_of_inputs
-from retrikt_ray.serving.api.several import HEADER, PARAMETER, Several
+from retrikt_ray.serving.api.several import PARAMETER, Several
 from retrikt_ray.serving.api.wire import (
+    RUN_HEADER,
     Body,
     DeleteBody,
     Edited,
@@ -266,7 +267,7 @@ def build_api(endpoint: Endpoint, echo: bool = True) -> ASGIApp:
             app,
             allow_origins=endpoint.args.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["authorization", "content-type", "if-match", "x-request-id", HEADER, HEADER.replace("_", "-")],
+            allow_headers=["authorization", "content-type", "if-match", "x-request-id", RUN_HEADER, RUN_HEADER.replace("_", "-")],
             expose_headers=["etag", "x-knowledge-version", "x-knowledge-missing", "x-request-id", "retry-after"],
         )
     return app

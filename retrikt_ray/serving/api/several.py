@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray.serving.api.guard import needed, route_of
 from retrikt_ray.serving.api.reading import Refusal
+from retrikt_ray.serving.api.wire import RUN_HEADER
 from retrikt_ray.task.texts import short
 
-HEADER = "serve_multiplexed_model_id"  # Serve, too, takes it with hyphens, which some proxies insist on
 PARAMETER = {
-    "name": HEADER,
+    "name": RUN_HEADER,
     "in": "header",
     "schema": {"type": "string"},
     "description": "Name of the run to answer from, of those beside the server's own; left out: its own.",
@@ -26,14 +26,14 @@ def named(scope: Scope) -> str | None:
     """The run that a request names; None: the server's own, as for everything that needs no key. Raises Refusal 404 on what can be no name."""
     if scope["type"] != "http" or not needed(scope["method"], route_of(scope)):
         return None
-    name = next((v.decode("latin-1") for k, v in scope["headers"] if k.lower().replace(b"-", b"_") == HEADER.encode()), None)
+    name = next((v.decode("latin-1") for k, v in scope["headers"] if k.lower().replace(b"-", b"_") == RUN_HEADER.encode()), None)
     if name and not NAME.fullmatch(name):
         raise unknown(name)
     return name or None
 
 
 def unknown(name: str) -> Refusal:
-    return Refusal(404, f"{HEADER}: there is no run {short(name)}", "the name of a run that is served here, or no such header")
+    return Refusal(404, f"{RUN_HEADER}: there is no run {short(name)}", "the name of a run that is served here, or no such header")
 
 
 class Several:

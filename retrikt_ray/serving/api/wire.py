@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
+RUN_HEADER = "serve_multiplexed_model_id"  # Ray Serve's; it, too, takes it with hyphens, which some proxies insist on
 INTERRUPTED = "interrupted"  # code of a 503 where nobody knows whether the edit that was asked for was made
 
 # what requests hold
