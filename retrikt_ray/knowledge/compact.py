@@ -63,10 +63,8 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         # 3. their index
         threads = workers.threads if workers else 1
         queries = each(validation_vectors, [(run / "task", run / "student", threads)], workers, "compact: validation")[0]
-        memory, sources = (
-            memory_after(where, [read_edit(folder, e) for e in log.edits]),
-            learnt_from((where / "index").read_json("index.json")),
-        )
+        sources = learnt_from((where / "index").read_json("index.json"))
+        memory = memory_after(where, [read_edit(folder, e) for e in log.edits], sources)
         rest: Any = {"seed": seal.seed, "workers": workers, "memory": memory, "sources": sources}
         build_index(config, base / "store", run / "student", base / "index", queries, **rest)
         inputs = {"task": check(run / "task").content, "store": stored, "student": student}
@@ -80,8 +78,8 @@ def compact(run: Folder, workers: Workers | None = None) -> Log | None:
         return after
 
 
-def memory_after(base: Folder, edits: list[pa.Table]) -> Memory:
-    """The n-gram memory of a base with the edits learnt, as a view of them has it."""
+def memory_after(base: Folder, edits: list[pa.Table], sources: list[str]) -> Memory:
+    """The n-gram memory of a base, which has learnt from these sources, with the edits learnt, as a view of them has it."""
     memory = Memory.unsealed(base / "index")
     if not edits:
         return memory
@@ -92,7 +90,7 @@ def memory_after(base: Folder, edits: list[pa.Table]) -> Memory:
     lost = []
     for first, rows in source.read(0, source.rows, (*TEXT_COLUMNS, "teacher_probs", "source")):
         lost.append(rows.filter(pc.is_in(pa.array(range(first, first + len(rows)), pa.int64()), gone)))
-    return edited(memory, labelled(new), labelled(pa.concat_tables(lost), learnt_from((base / "index").read_json("index.json"))))
+    return edited(memory, labelled(new), labelled(pa.concat_tables(lost), sources))
 
 
 def write_live(store: Folder, edits: list[pa.Table], out: Folder) -> None:
