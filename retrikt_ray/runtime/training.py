@@ -28,7 +28,8 @@ from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import follow
 
 T = TypeVar("T")
-CHECKPOINT_S = 300  # at most so much work is lost with a node
+CHECKPOINT_S = 300  # at most so much work is lost with a node that vanishes unannounced
+NOTICE_S = 2.0  # so often Ray is asked whether a node is about to be taken away
 
 
 def launch(
@@ -220,7 +221,8 @@ class Session(Solo):
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.board, self.tensors = config["board"], tensors
         self.every = max(1, total // 8)
-        self.saved = time.monotonic()
+        self.saved = self.asked = time.monotonic()
+        self.leaving: set[str] = set()  # nodes that are known to be taken away
         self.notes: dict[str, Any] = {}
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
@@ -237,19 +239,33 @@ class Session(Solo):
         self.start, self.notes = state["step"], state["notes"]
 
     def done(self, step: int, note: str = "") -> None:
-        """Tell the driver that `step` steps are done, and checkpoint every eighth of the way, and every five minutes."""
+        """Tell the driver that `step` steps are done; checkpoint every eighth of the way, every five minutes, and when a node is about to go."""
         if self.rank == 0:
             self.board.post.remote(step, self.total, note)
-        if step % self.every == 0 or step == self.total or self.late():
+        if step % self.every == 0 or step == self.total or self.due():
             self.save(step)
             self.saved = time.monotonic()
 
-    def late(self) -> bool:
-        """Whether the last checkpoint is too long ago, by the first worker's clock: all of them save, or none. A collective."""
-        flag = torch.tensor([float(time.monotonic() - self.saved > CHECKPOINT_S)])
+    def due(self) -> bool:
+        """Whether a checkpoint is due between two eighths. By the first worker's clock: all of them save, or none. A collective."""
+        now = time.monotonic()
+        flags = torch.tensor([now - self.saved, now - self.asked])
         if self.world > 1:
-            dist.broadcast(flag, 0)
-        return bool(flag.item())
+            dist.broadcast(flags, 0)
+        unsaved, unasked = flags.tolist()
+        if unasked < NOTICE_S:
+            return bool(unsaved > CHECKPOINT_S)
+        self.asked = now
+        return self.announced() or bool(unsaved > CHECKPOINT_S)
+
+    def announced(self) -> bool:
+        """Whether Ray says for the first time that the node of a worker is being drained, as of spot instances that are reclaimed. A collective."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.leaving if info else set()
+        self.leaving |= new
+        return bool(new)
 
     def save(self, step: int) -> None:
         import ray.train

@@ -21,6 +21,7 @@ from botocore.validate import ParamValidator
 from pydantic import BaseModel
 from ray.autoscaler._private.util import validate_config
 from ray.autoscaler.sdk import fillout_defaults
+from ray.scripts.scripts import drain_node
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import RayActorOptionsSchema, ServeDeploySchema
 
@@ -121,7 +122,9 @@ def test_launched_clusters_are_as_the_text_says(name: str) -> None:
     assert "spot" in yaml.safe_dump(gpu).lower() and "spot" not in yaml.safe_dump(head).lower()
     start = config["head_start_ray_commands"][-1]
     assert all(part in start for part in ("RAY_AUTH_MODE=token", "--num-cpus=0", "--autoscaling-config=~/ray_bootstrap_config.yaml"))
-    assert "RAY_AUTH_MODE=token" in config["worker_start_ray_commands"][-1] and "~/.ray/auth_token" in config["file_mounts"]
+    _, join, notice = config["worker_start_ray_commands"]
+    assert "RAY_AUTH_MODE=token ray start" in join and "~/.ray/auth_token" in config["file_mounts"]
+    assert f"-m retrikt_ray.runtime.notice {name.removesuffix('.yaml')}" in notice and "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in notice
     assert config["max_workers"] >= sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
 
 
@@ -202,6 +205,9 @@ def test_kuberay_clusters_are_as_the_text_says(name: str) -> None:
         assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"] and pod["volumes"][0]["emptyDir"]["medium"] == "Memory"
         if "nvidia.com/gpu" in container["resources"]["limits"]:
             assert any(t["key"] == "nvidia.com/gpu" for t in pod["tolerations"]) and container["image"].endswith(":cuda")
+            told = shlex.split(container["lifecycle"]["preStop"]["exec"]["command"][-1].split(";")[0])
+            assert told[:2] == ["ray", "drain-node"]
+            drain_node.make_context("drain-node", told[2:])  # raises what click says to an option that there is not
 
 
 def test_the_service_survives_its_head_and_serves_the_config_of_serve() -> None:

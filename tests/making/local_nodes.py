@@ -63,9 +63,17 @@ class LocalNodes:
 
     def written(self, uri: str, kind: str) -> int:
         """Files below a URI, with this in their names, that were written so far; those that are gone again count, too."""
+        return sum(kind in write["path"] for write in self.writes(uri))
+
+    def saved(self, uri: str) -> list[int]:
+        """The steps after which trainings below a URI wrote checkpoints."""
+        return [json.loads(write["body"])["step"] for write in self.writes(uri) if write["path"].endswith("state.json") and "body" in write]
+
+    def writes(self, uri: str) -> list[dict[str, str]]:
+        """Of the journal, what was written below a URI."""
         below = f'"path": "/{uri.removeprefix("s3://")}/'
         lines = self.journal.read_text().splitlines() if self.journal.exists() else []
-        return sum(kind in json.loads(line)["path"] for line in lines if below in line)
+        return [json.loads(line) for line in lines if below in line]
 
     def at_work(self) -> list[Any]:
         """The nodes on which a worker of a stage is at work."""
@@ -103,7 +111,7 @@ def local_nodes(workers: int, more: dict[str, str] | None = None) -> Iterator[Lo
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory() as home, s3_server(Path(home) / "journal") as settings:
-        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])} | (more or {})
+        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"} | (more or {})
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # which the nodes inherit
         dashboard, agent = free_ports(2)

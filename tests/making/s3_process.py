@@ -17,7 +17,7 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoReque
 from werkzeug.serving import run_simple
 
 ANSWERED = threading.Lock()
-KEPT = ("lease.json", "manifest.json", "config.yaml")  # whose contents are in the journal
+KEPT = ("lease.json", "manifest.json", "config.yaml", "state.json")  # whose contents are in the journal
 
 
 def atomic(app: Callable[..., Iterable[bytes]], journal: str | None) -> Callable[..., Iterable[bytes]]:
