@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import logging
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,13 +177,19 @@ def cluster(cluster_of: Callable[[int], None]) -> None:
 
 @pytest.fixture(scope="session")
 def run(cluster_of: Callable[[int], None], tiny_lm: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run of single-text classification; tests that change it work on a copy."""
+    """A finished run of single-text classification; tests that change it work on a copy. Made by the first process of pytest-xdist that needs it."""
+    from filelock import FileLock
+
     from retrikt_ray import config, pipeline
 
     cluster_of(4)
-    home = tmp_path_factory.mktemp("run")
-    prepare = {"data": str(write_task(home / "data")), "n_per_class": 12, "unlabelled": "train"}
-    text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, generate={"workers": 2}))
-    opened = pipeline.open_run(str(home / "run"), config.parse(text, "test"))
-    pipeline.run_all(opened)
-    return opened
+    home = tmp_path_factory.getbasetemp()
+    shared = (home.parent if "PYTEST_XDIST_WORKER" in os.environ else home) / "run-of-all"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "done").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            prepare = {"data": str(write_task(shared / "data")), "n_per_class": 12, "unlabelled": "train"}
+            text = yaml.safe_dump(tiny(tiny_lm, prepare=prepare, generate={"workers": 2}))
+            pipeline.run_all(pipeline.open_run(str(shared / "run"), config.parse(text, "test")))
+            (shared / "done").touch()
+    return pipeline.load_run(str(shutil.copytree(shared / "run", tmp_path_factory.mktemp("run") / "run")))

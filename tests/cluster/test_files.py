@@ -124,7 +124,10 @@ def test_launched_clusters_are_as_the_text_says(name: str) -> None:
     assert all(part in start for part in ("RAY_AUTH_MODE=token", "--num-cpus=0", "--autoscaling-config=~/ray_bootstrap_config.yaml"))
     _, join, notice = config["worker_start_ray_commands"]
     assert "RAY_AUTH_MODE=token ray start" in join and "~/.ray/auth_token" in config["file_mounts"]
-    assert f"-m retrikt_ray.runtime.notice {name.removesuffix('.yaml')}" in notice and "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in notice
+    assert (
+        f"~/retrikt_ray/cluster/notice.py {name.removesuffix('.yaml')}" in notice
+        and "RAY_AUTH_MODE=token RAY_ADDRESS=$RAY_HEAD_IP:6379" in notice
+    )
     assert config["max_workers"] >= sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
 
 

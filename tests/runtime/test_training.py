@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -198,11 +200,39 @@ def test_checkpoints_come_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) 
     """An eighth of the steps here is ten; step 13 takes six minutes."""
     saved: list[int] = []
     session = object.__new__(training.Session)
-    session.rank, session.world, session.total, session.every, session.saved = 1, 1, 80, 10, 0.0
+    session.rank, session.world, session.total, session.every, session.saved, session.asked = 1, 1, 80, 10, 0.0, 0.0
     monkeypatch.setattr(session, "save", saved.append)
+    monkeypatch.setattr(session, "announced", lambda: False)
     clock = [0.0]
     monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
     for step in range(1, 26):
         clock[0] += 360 if step == 13 else 1
         session.done(step)
     assert saved == [10, 13, 20]
+
+
+def test_a_training_saves_when_a_node_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for each node, and Ray is not asked at every step."""
+    now, going, asked = [100.0], [], []
+    session: Any = object.__new__(training.Session)
+    session.world, session.saved, session.asked, session.leaving = 1, 100.0, 100.0, set()
+
+    def info() -> Any:
+        asked.append(now[0])
+        return SimpleNamespace(preempted_node_ids=list(going)) if going else None
+
+    monkeypatch.setattr("ray.train.get_preemption_info", info)
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def after(seconds: float) -> bool:
+        now[0] += seconds
+        return bool(session.due())
+
+    assert not after(1.0) and asked == []
+    assert not after(1.5) and asked == [102.5]
+    going.append("a")
+    assert not after(1.0)
+    assert after(1.5) and not after(2.5)
+    going.append("b")
+    assert after(2.5) and not after(2.5)
+    assert after(training.CHECKPOINT_S)

@@ -1,4 +1,4 @@
-"""Tell Ray when the cloud takes this spot node away: `python -m retrikt_ray.runtime.notice aws` (or `gcp`), begun beside `ray start` on such nodes.
+"""Tell Ray when the cloud takes this spot node away: `python notice.py aws` (or `gcp`), begun beside `ray start` on such nodes.
 
 Ray does not ask the clouds. Of a node that is drained it knows: nothing new begins there, trainings write a checkpoint and go on without it, and
 Serve starts its replicas elsewhere. What the clouds say and when: "Spot Instance interruption notices" of Amazon EC2's guide (two minutes ahead),
@@ -75,5 +75,5 @@ def watch(cloud: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in CLOUDS:
-        sys.exit(f"which cloud's notices? python -m retrikt_ray.runtime.notice {'|'.join(CLOUDS)}, not {' '.join(sys.argv[1:]) or 'nothing'}")
+        sys.exit(f"which cloud's notices? python notice.py {'|'.join(CLOUDS)}, not {' '.join(sys.argv[1:]) or 'nothing'}")
     watch(sys.argv[1])

@@ -1,4 +1,4 @@
-"""Notices of spot nodes: read as EC2 and Compute Engine give them, from a server that answers like theirs. (Drained nodes: test_nodes.)"""
+"""Notices of spot nodes: read as EC2 and Compute Engine give them, from a server that answers like theirs. (What a drained node is to a training: test_nodes.)"""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from retrikt_ray.runtime import notice, training
-
+SPEC = spec_from_file_location("notice", Path(__file__).resolve().parents[2] / "cluster" / "notice.py")
+assert SPEC and SPEC.loader
+notice: Any = module_from_spec(SPEC)
+SPEC.loader.exec_module(notice)
 ACTION, PREEMPTED = "/latest/meta-data/spot/instance-action", "/computeMetadata/v1/instance/preempted"
 
 
@@ -33,7 +37,7 @@ def metadata(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
             self.answer(200, "a token") if known else self.answer(400)
 
         def do_GET(self) -> None:
-            if "a token" != self.headers["X-aws-ec2-metadata-token"] and self.headers["Metadata-Flavor"] != "Google":
+            if self.headers["X-aws-ec2-metadata-token"] != "a token" and self.headers["Metadata-Flavor"] != "Google":
                 return self.answer(401)
             self.answer(200, says[self.path]) if self.path in says else self.answer(404)
 
@@ -86,30 +90,3 @@ def test_a_notice_is_passed_on_once_the_cluster_hears(
     assert seen == [notice.GCP_S] * 2 and len(passed) == 4
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and "refused" in said[0] and said[1].endswith("answers")
-
-
-def test_a_training_saves_when_a_node_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for each node, and Ray is not asked at every step."""
-    now, going, asked = [100.0], [], []
-    session: Any = object.__new__(training.Session)
-    session.world, session.saved, session.asked, session.leaving = 1, 100.0, 100.0, set()
-
-    def info() -> Any:
-        asked.append(now[0])
-        return SimpleNamespace(preempted_node_ids=list(going)) if going else None
-
-    monkeypatch.setattr("ray.train.get_preemption_info", info)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
-
-    def after(seconds: float) -> bool:
-        now[0] += seconds
-        return bool(session.due())
-
-    assert not after(1.0) and asked == []
-    assert not after(1.5) and asked == [102.5]
-    going.append("a")
-    assert not after(1.0)
-    assert after(1.5) and not after(2.5)
-    going.append("b")
-    assert after(2.5) and not after(2.5)
-    assert after(training.CHECKPOINT_S)
