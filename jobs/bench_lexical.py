@@ -23,7 +23,7 @@ import numpy as np
 from retrikt_ray.index.build import WORDS_ROWS
 from retrikt_ray.index.search import merge
 from retrikt_ray.index.words.lexical import Lexical
-from retrikt_ray.index.words.postings import Postings, added, counted
+from retrikt_ray.index.words.postings import K1, B, Postings, counted
 from retrikt_ray.task.texts import Text
 
 ROWS = int(os.environ.get("RETRIKT_BENCH_ROWS", 2_000_000))
@@ -54,6 +54,11 @@ class Plain:
         at = int(np.searchsorted(self.words, word))
         found = at < len(self.words) and self.words[at] == word
         return slice(int(self.starts[at]), int(self.starts[at + 1])) if found else slice(0, 0)
+
+
+def added(weight: np.float32, counts: np.ndarray, lengths: np.ndarray, mean: float) -> np.ndarray:
+    """What a word adds to scores, float32."""
+    return np.asarray(weight * counts / (counts + np.float32(K1) * (1 - B + B * lengths / np.float32(mean))))
 
 
 def plainly(shards: list[Plain], texts: list[Text], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from retrikt_ray.runtime.tables import Source, matrix
 from retrikt_ray.task.metrics import losses, one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
-VERSION = 9
+VERSION = 10
 
 
 def index(config: IndexConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:

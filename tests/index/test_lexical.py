@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrikt_ray.index.build import count_words, edges
-from retrikt_ray.index.words import lexical, postings
+from retrikt_ray.index.words import kernels, lexical
 from retrikt_ray.index.words.lexical import Lexical
 from retrikt_ray.index.words.postings import Postings, counted
 from retrikt_ray.runtime.folders import ArtifactError, Folder
@@ -116,16 +117,13 @@ def brute(texts: list[tuple[str, str | None]], alive: np.ndarray, query: str, al
 
 @pytest.mark.parametrize("seed", range(6))
 def test_what_is_left_unread_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With lists and budgets so short that a few hundred rows are pruned as millions are: common words as bitmaps, several steps, deletions, edits."""
-    for module, name, value in ((postings, "LIST", 2), (postings, "COMMON_ROWS", 3), (lexical, "FIRST", 4), (lexical, "CERTAIN", 1)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(lexical, "RARE", 0.99 if seed % 2 else 0.1)
+    """With deletions, edits and rows that may not be found, and with scores that cost next to nothing or very much beside what is read on."""
+    monkeypatch.setattr(lexical, "DEAR", (0, 1, 1000)[seed % 3])
     rng = np.random.default_rng(seed)
     texts, more, queries = sentences(rng, 150), sentences(rng, 10), [" ".join(t for t, _ in sentences(rng, 2)) for _ in range(6)]
     gone = np.sort(rng.choice(160, 15, replace=False))
     alive = np.isin(np.arange(160), gone, invert=True)
     index = cut(texts, int(rng.integers(1, 4))).edited(more, gone)
-    assert index.shards[0].common.size and np.diff(index.shards[0].lists).max() > 3
     for allowed in (np.ones(160, bool), rng.random(160) < 0.2):
         for k in (1, 5, 200):
             for query in queries:
@@ -136,17 +134,28 @@ def test_what_is_left_unread_changes_nothing(seed: int, monkeypatch: pytest.Monk
 
 
 def test_few_postings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 4,000 rows that hold a common word, fewer than a quarter are scored for a question that a rare one decides."""
+    """Of 4,000 rows that hold common words, those of the rare one that decides a question are read, and few are scored."""
     rng = np.random.default_rng(0)
     texts: list[tuple[str, str | None]] = [(" ".join(rng.choice(WORDS[:6], 8)), None) for _ in range(4000)]
     for row in range(0, 4000, 200):
         texts[row] = (texts[row][0] + " brave", None)
-    index, scored = cut(texts, 2), []
-    plain = lexical.Asked.scores
-    monkeypatch.setattr(lexical.Asked, "scores", lambda asked, rows: scored.append(len(rows)) or plain(asked, rows))
+    index, read, scored = cut(texts, 2), [], []
+    add, score = kernels.add, kernels.score
+    monkeypatch.setattr(kernels, "add", lambda rows, *rest: read.append(len(rows)) or add(rows, *rest))
+    monkeypatch.setattr(kernels, "score", lambda rows, *rest: scored.append(len(rows)) or score(rows, *rest))
     found, _ = index.search([("a brave film", None)], 5)
     assert (found % 200 == 0).all()
-    assert sum(scored) < 1000
+    assert sum(read) == 20 and sum(scored) <= 60
+
+
+def test_compiled_code_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(*, nogil: bool, cache: bool = False) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    assert kernels.compiled(len) is len
 
 
 def test_edits_score_as_an_index_made_anew() -> None:

@@ -4,10 +4,8 @@ A score needs three figures of the whole store: rows, rows that hold the word, a
 score as one. BM25 as in Lucene (Kamphuis et al., ECIR 2020, "Which BM25 do you mean?", table 1): a word of the query adds
 ln(1 + (N - n + 0.5) / (n + 0.5)) * f / (f + k1 (1 - b + b length / mean length)). Checked against the library bm25s in the tests.
 
-A search is exact, and reads few postings. The k-th best of the rows in some short lists is a score that is certain. Then the lists are added up that
-make the bound of what is left fall most for a posting, until little is left but of common words. A row may be among the k best if it was seen so
-and its sum with the bounds of what is left reaches that score, or if the common words that it holds do alone; bitmaps tell which it holds.
-The few rows that remain are scored by their own words (as in MaxScore, Turtle & Flood 1995, over postings ordered by impact, Anh & Moffat 2006).
+A search is exact, and reads few postings (MaxScore: Turtle & Flood, 1995). Words are read in the order of the most that they may add, until
+the words that are left cannot bring a row that was not seen among the k best. Of those that were seen, the rows that still may be are scored by their own words.
 """
 
 from __future__ import annotations
@@ -21,29 +19,21 @@ import numpy as np
 import pyarrow as pa
 
 from retrikt_ray.index.search import merge
-from retrikt_ray.index.words.postings import Postings, added, counted
+from retrikt_ray.index.words.postings import K1, B, Postings, counted
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.task.texts import Text
 
-FIRST = 4096  # postings that are read before there is a k-th best score to prune by
-RARE = 0.25  # of that score: what is left unread of words without bitmaps may add no more
-FEW = 256  # rows that are held against many words at once
-AT_ONCE = 16  # words whose bounds are taken in one array: it holds so many numbers a row
-CERTAIN = 64  # rows at least that this score is taken from
-
+DEAR = 128  # postings that are read in the time that it takes to score a row by its words
+FIRST = 16  # times k: of so many rows that were seen first, in the lists of rare words, those are taken that seem best
+ALL = np.zeros(0, bool)  # of rows: none is left out
 SCRATCH = threading.local()
 
 
-def summed(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """For each of some rows below `count`, the sum of the values (float32) of all places that name it."""
-    sums = getattr(SCRATCH, "sums", np.zeros(0, np.float32))  # all 0 but while this runs: it costs what the rows do, not what `count` does
-    if len(sums) < count:
-        sums = SCRATCH.sums = np.zeros(count, np.float32)
-    try:
-        np.add.at(sums, rows, values)
-        return np.asarray(sums[rows])
-    finally:
-        sums[rows] = 0
+def scratch(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of `count` rows at least, all 0, and room for as many rows: kept for the next question, so that one costs what it reads."""
+    if len(getattr(SCRATCH, "sums", ALL)) < count:
+        SCRATCH.sums, SCRATCH.seen = np.zeros(count, np.float32), np.zeros(count, np.int32)
+    return SCRATCH.sums, SCRATCH.seen
 
 
 @dataclass
@@ -106,194 +96,90 @@ class Lexical:
 
 
 class Asked:
-    """A query of T words, and where their postings are in the S shards of an index: at most D lists a word."""
+    """A query of T words, and where their postings are in the S shards of an index."""
 
     def __init__(self, index: Lexical, words: np.ndarray, times: np.ndarray) -> None:
         """words: (T,) sorted hashes; times: (T,) in the query."""
         self.index = index
         found = [s.find(words) for s in index.shards]
-        self.places = [at for at, _ in found]
-        begin, end = (np.stack([s.lists[at + more * there] for s, (at, there) in zip(index.shards, found, strict=True)]) for more in (0, 1))
-        self.depth = max(1, int((end - begin).max(initial=0)))
-        lists = np.minimum(begin[..., None] + np.arange(self.depth + 1), end[..., None])  # (S, T, D + 1)
-        self.ends = np.stack([s.starts[w] for s, w in zip(index.shards, lists, strict=True)])  # where the first d lists end
-        held = self.ends[..., -1] - self.ends[..., 0]
+        self.places, self.there = (np.stack(part) for part in zip(*found, strict=True))  # (S, T)
+        self.begin, self.end = (
+            np.stack([s.starts[at + more * t] for s, (at, t) in zip(index.shards, found, strict=True)]) for more in (0, 1)
+        )
+        self.sizes = self.end - self.begin
         lost = np.searchsorted(index.lost, words, "right") - np.searchsorted(index.lost, words)
-        n = held.sum(0) - lost
+        n = self.sizes.sum(0) - lost
         self.weights = (times * np.log(1 + (index.live - n + 0.5) / (n + 0.5))).astype(np.float32)
-        self.there = held > 0  # (S, T)
-        self.slack = (len(words) + 8) * 2.0**-23  # of a score: how far apart two sums of it in float32 may be
-        bounds, most = np.zeros((2, *end.shape, self.depth + 1))  # the most that a list adds to a score, and its largest count
-        for bound, count, shard, which, there in zip(bounds, most, index.shards, lists, lists < end[..., None], strict=True):
-            count[there] = shard.most[which[there]]
-            bound[there] = added(self.weights[np.nonzero(there)[0]], count[there], shard.least[which[there]], index.mean)
-        # Of all lists from the d-th on, of any shard, (T, D + 1).
-        self.bounds, self.most = (np.maximum.accumulate(a.max(0)[:, ::-1], 1)[:, ::-1] for a in (bounds, most.astype(np.float32)))
-        self.lines = [s.lines(at) for s, at in zip(index.shards, self.places, strict=True)]  # (S, T) of common words, -1 for others
-        self.rare: np.ndarray = np.all(np.stack(self.lines) < 0, axis=0)
-        self.steps = self.plan()
-        self.cut = False  # whether `candidates` has left out rows beyond so many a word
-
-    def plan(self) -> list[tuple[float, int, int, float, int]]:
-        """What to read, step by step: (- what the bound falls for a posting, word, its lists that are read then, the fall, postings).
-
-        A step is the next lists of one word, those for which the bound falls most for a posting.
-        """
-        steps = []
-        sizes = (self.ends - self.ends[..., :1]).sum(0).tolist()
-        for word, (size, bound) in enumerate(zip(sizes, self.bounds.tolist(), strict=True)):
-            at = 0
-            while bound[at] > 0:
-                ahead = [j for j in range(at + 1, len(bound)) if size[j] > size[at]]
-                price, to = max(((bound[at] - bound[j]) / (size[j] - size[at]), j) for j in ahead)
-                steps.append((-price, word, to, bound[at] - bound[to], size[to] - size[at]))
-                at = to
-        return sorted(steps)
-
-    def lists(self, step: int) -> np.ndarray:
-        """How many lists of each word (T,) are read after so many steps."""
-        found = np.zeros(len(self.weights), np.int64)
-        for _, word, to, _, _ in self.steps[:step]:
-            found[word] = to
-        return found
+        self.mean = np.float32(index.mean)
+        self.slack = 1 + (len(words) + 8) * 2.0**-23  # sums of a score in float32, in whatever order, are not further apart
+        bounds = np.zeros(len(words))  # the most that a word adds to a score
+        for shard, at, there in zip(index.shards, self.places, self.there, strict=True):
+            least = K1 * (1 - B) / shard.most[at[there]] + K1 * B * shard.spread[at[there]] / index.mean
+            bounds[there] = np.maximum(bounds[there], self.weights[there] / (1 + least))
+        self.order = np.argsort(-bounds, kind="stable")
+        self.left = np.append(np.cumsum(bounds[self.order][::-1])[::-1], 0) * self.slack  # what words from the i-th on add at most
 
     def best(self, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and scores of the k best rows and all that tie with the k-th, and of some others.
+        """Positions and scores of the k best rows and all that tie with the k-th, by position."""
+        positions, scores, least = np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0
+        for s in np.argsort([-len(shard.lengths) for shard in self.index.shards], kind="stable").tolist():
+            rows = self.candidates(s, k, least, allowed)
+            positions = np.append(positions, rows + np.int64(self.index.shards[s].low))
+            scores = np.append(scores, self.scores(s, rows))
+            least = max(least, kth(scores, k))
+            positions, scores = positions[scores >= least], scores[scores >= least]
+        order = np.argsort(positions)
+        return positions[order], scores[order]
 
-        1. A score that k rows of the largest shard are certain to reach.  2. All rows that may reach it, or what is certain by then.  3. Their scores.
-        """
-        words, falls = np.array([s[1] for s in self.steps], np.intp), np.array([s[3] for s in self.steps])
-        read = np.append(0, np.cumsum([s[4] for s in self.steps]))
-        rest, rare = (
-            np.append(np.cumsum(f[::-1])[::-1], 0) for f in (falls, falls * self.rare[words])
-        )  # what is left adds at most, after each step
-        shards = np.argsort([-len(s.lengths) for s in self.index.shards], kind="stable").tolist()
-        # 1. certain
-        least, budget, last = 0.0, FIRST * len(shards), len(read) - 1
-        step = -1
-        while not least and step < last:
-            step, budget = min(last, int(np.searchsorted(read, budget))), budget * 8
-            least = self.reached(k, self.candidates(shards[0], step, 0.0, 0, allowed))
-        # 2. possible
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        if least and rest[step] >= least:
-            step = max(step, int((rare >= RARE * least).sum()))
-            first = self.candidates(shards[0], step, least, FIRST, allowed)
-            least = max(least, self.reached(k, first))
-            found = [] if self.cut else [first]
-        for s in shards[len(found) :]:
-            found.append(self.candidates(s, step, least, self.index.rows, allowed))
-            if s in (shards[0], shards[-1]):
-                least = max(least, self.reached(k, *found))
-        # 3. scored
-        positions = np.sort(np.concatenate([row[upper >= least] for row, upper in found]))
-        return positions, self.scores(positions)
+    def candidates(self, s: int, k: int, least: float, allowed: np.ndarray | None) -> np.ndarray:
+        """Rows of a shard that may score `least`, and be among its k best."""
+        from retrikt_ray.index.words.kernels import add, keep
 
-    def reached(self, k: int, *found: tuple[np.ndarray, np.ndarray]) -> float:
-        """What the k best of some rows score at least, as far as a few of them tell; 0 where there are fewer. found: as of `candidates`."""
-        positions, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        few = CERTAIN + 2 * k
-        if len(upper) > few:
-            positions = positions[np.argpartition(-upper, few)[:few]]
-        scores = self.scores(np.sort(positions))
-        return 0.0 if len(scores) < k else (1 - self.slack) * float(np.partition(scores, len(scores) - k)[len(scores) - k])
+        shard, mask, unknown = self.index.shards[s], self.mask(s, allowed), not least
+        sums, seen = scratch(len(shard.lengths))
+        n = 0
+        try:
+            for step, word in enumerate([*self.order.tolist(), None]):
+                size = 0 if word is None else int(self.sizes[s, word])
+                new = self.left[step] >= least
+                if new and unknown and k <= n <= size:  # else to look costs more than to read
+                    first = seen[: min(n, FIRST * k)]
+                    least = max(least, self.reached(s, k, first, sums[first]))
+                    new = self.left[step] >= least
+                if not new or word is None:
+                    n = keep(seen, n, sums, np.float32((least / self.slack - self.left[step]) / self.slack))
+                    if DEAR * n <= size or word is None:
+                        break
+                part = slice(self.begin[s, word], self.end[s, word])
+                n = add(shard.rows[part], shard.counts[part], shard.lengths, mask, self.weights[word], self.mean, sums, seen, n, new)
+            rows, found = seen[:n].copy(), sums[seen[:n]]
+        finally:
+            sums[seen[:n]] = 0
+        if n > 2 * k:
+            least = self.reached(s, k, rows, found)
+            rows = rows[(found * self.slack + self.left[step]) * self.slack >= least]
+        return rows
 
-    def candidates(self, s: int, step: int, least: float, most: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted positions of the rows of a shard that may score `least`, and the most that each may: those in the lists of a step, and of
-        those that hold unread words only, `most` a word. least 0: the rows in the lists alone."""
-        shard, lists = self.index.shards[s], self.lists(step)
-        left = self.bounds[np.arange(len(lists)), lists]
-        common = np.flatnonzero(~self.rare & (left > 0))
-        common = common[np.argsort(-left[common])] if least else common[:0]
-        found, rest, self.cut = [self.seen(s, lists, common, least)], left.sum(), False
-        for i, word in enumerate(common.tolist()):
-            if rest < least:
-                break
-            rest -= left[word]
-            begin, end = self.ends[
-                s, word, [lists[word], max(lists[word], min(self.depth, np.count_nonzero(self.bounds[word] + rest >= least)))]
-            ]
-            self.cut |= bool(end - begin > most)
-            found.append(self.unseen(s, shard.rows[begin : min(end, begin + most)], lists, common[i:], least))
-        row, upper = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        for mask in (self.index.alive, allowed):
-            if mask is not None:
-                kept = np.flatnonzero(mask[shard.low : shard.low + len(shard.lengths)][row])
-                row, upper = row[kept], upper[kept]
-        order = np.argsort(row)
-        row, upper = row[order], upper[order]
-        new = np.append(True, row[1:] > row[:-1])[: len(row)]
-        first, again = np.flatnonzero(new), np.flatnonzero(~new)
-        most_of = upper[first]
-        np.maximum.at(most_of, np.searchsorted(first, again) - 1, upper[again])
-        return row[first] + np.int64(shard.low), most_of
+    def mask(self, s: int, allowed: np.ndarray | None) -> np.ndarray:
+        """Which rows of a shard may be found, (n,) bool; or ALL."""
+        low, high = self.index.shards[s].low, self.index.shards[s].low + len(self.index.shards[s].lengths)
+        masks = [mask[low:high] for mask in (self.index.alive, allowed) if mask is not None]
+        return np.logical_and.reduce(masks) if masks else ALL
 
-    def seen(self, s: int, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-        """The rows in so many lists (T,) of a shard that may score `least`, some of them more than once, and the most that each may."""
-        shard = self.index.shards[s]
-        begin, end = self.ends[s, :, 0], self.ends[s, np.arange(len(lists)), lists]
-        parts = [slice(a, b) for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
-        rows = np.concatenate([shard.rows[p] for p in parts]).astype(np.intp)
-        counts = np.concatenate([shard.counts[p] for p in parts]).astype(np.float32)
-        norms = shard.norms(rows, self.index.mean)
-        upper = summed(rows, np.repeat(self.weights, end - begin) * counts / (counts + norms), len(shard.lengths))
-        upper += self.limit(np.flatnonzero(self.most[np.arange(len(lists)), lists]), lists, norms)
-        return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common, least)
+    def reached(self, s: int, k: int, rows: np.ndarray, like: np.ndarray) -> float:
+        """What k rows of a shard score at least: those of some rows that seem best by (n,) sums. 0 where there are fewer."""
+        return float(self.scores(s, rows[np.argpartition(-like, k - 1)[:k]]).min()) if len(rows) >= k else 0.0
 
-    def unseen(self, s: int, rows: np.ndarray, lists: np.ndarray, common: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray]:
-        """Of some rows with the first of some common words, those that may score `least` with these and what is left of rare words."""
-        left, rare = self.bounds[np.arange(len(lists)), lists], np.flatnonzero(self.rare)
-        upper = np.full(len(rows), (left[common].sum() + left[rare].sum()) * (1 + self.slack), np.float32)
-        rows, _ = self.narrowed(s, rows, upper, None, lists, common[1:], least)
-        norms = self.index.shards[s].norms(rows, self.index.mean)
-        upper = self.limit(np.append(common, rare), lists, norms)
-        return self.narrowed(s, rows, upper * np.float32(1 + self.slack), norms, lists, common[1:], least)
+    def scores(self, s: int, rows: np.ndarray) -> np.ndarray:
+        """Of some rows of a shard, (n,) float32: each summed in the order of the hashes."""
+        from retrikt_ray.index.words.kernels import score
 
-    def limits(self, words: np.ndarray, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """The most that what is left of words adds to rows of some norms, (words, rows)."""
-        most = self.most[words, lists[words], None]
-        return np.asarray(self.weights[words, None] * most / (most + norms))
+        shard, there = self.index.shards[s], self.there[s]
+        places, weights = self.places[s, there].astype(np.int32), self.weights[there]
+        few = np.bitwise_or.reduce(np.uint64(1) << (places & 63).astype(np.uint64), initial=np.uint64(0))
+        return np.asarray(score(rows, shard.firsts, shard.held, shard.times, shard.lengths, places, few, weights, self.mean))
 
-    def limit(self, words: np.ndarray, lists: np.ndarray, norms: np.ndarray) -> np.ndarray:
-        """The sum of `limits` over the words, (rows,)."""
-        parts = np.array_split(words, max(1, len(words) // AT_ONCE))
-        return np.asarray(sum(self.limits(part, lists, norms).sum(0) for part in parts))
 
-    def narrowed(
-        self, s: int, rows: np.ndarray, upper: np.ndarray, norms: np.ndarray | None, lists: np.ndarray, common: np.ndarray, least: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows that may score `least` if what is left of common words counts only where a row holds them, and as often; and the most that they may.
-
-        norms: of the rows; None: what a word adds is bounded by that of the best row of all.
-        """
-        shard, common = self.index.shards[s], common[self.lines[s][common] >= 0]
-        while True:
-            some = (upper >= least).nonzero()[0]
-            if len(some) < len(rows):
-                rows, upper, norms = rows[some], upper[some], None if norms is None else norms[some]
-            if not len(common) or not len(rows):
-                return rows, upper
-            words, common = np.split(common, [1 if len(rows) > FEW else AT_ONCE])  # many rows: one word after the other
-            held, twice = shard.holding(self.lines[s][words], rows)
-            if norms is None:
-                upper = upper - ((held ^ 1) * self.bounds[words, lists[words], None].astype(np.float32)).sum(0)
-            else:
-                bound = self.limits(words, lists, norms)
-                once = np.minimum(self.weights[words, None] / (1 + norms), bound)
-                upper = upper - (bound - held * np.where(twice, bound, once)).sum(0)
-
-    def scores(self, positions: np.ndarray) -> np.ndarray:
-        """Of sorted positions, (n,) float32: each summed in the order of the hashes."""
-        out = []
-        for i, rows in self.index.by_shard(positions):
-            shard, there = self.index.shards[i], self.there[i]
-            weights = np.zeros(len(shard.words), np.float32)
-            weights[self.places[i][there]] = self.weights[there]
-            at, row = shard.words_of(rows)
-            weight = weights[shard.held[at]]
-            asked = np.flatnonzero(weight)
-            row, at = row[asked], at[asked]
-            sums = np.zeros(len(rows), np.float32)
-            np.add.at(sums, row, added(weight[asked], shard.times[at], shard.lengths[rows[row]], self.index.mean))
-            out.append(sums)
-        return np.concatenate(out) if out else np.zeros(0, np.float32)
+def kth(scores: np.ndarray, k: int) -> float:
+    """The k-th best; 0 where there are fewer."""
+    return 0.0 if len(scores) < k else float(np.partition(scores, len(scores) - k)[len(scores) - k])
