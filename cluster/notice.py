@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-POLL_S = 2.0
-GCP_S = 30.0
+POLL_S, HEARD_S = 2.0, 15.0
+GCP_S = 25.0  # of thirty, some are gone when it is known
 
 
 def asked(url: str, headers: dict[str, str], method: str = "GET") -> str:
@@ -54,7 +55,10 @@ def drain(left: float) -> bool:
     """Tell the cluster that this node ends in so many seconds. Whether it heard."""
     command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
     command += ["--reason-message", "a spot node is taken back", "--deadline-remaining-seconds", str(max(1, int(left)))]
-    return subprocess.run(command).returncode == 0
+    try:
+        return subprocess.run(command, timeout=HEARD_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def watch(cloud: str) -> None:
@@ -63,8 +67,8 @@ def watch(cloud: str) -> None:
     while True:
         try:
             left, error = CLOUDS[cloud](), ""
-        except OSError as problem:
-            left, error = None, f"{cloud}'s metadata service: {problem}"
+        except (OSError, HTTPException, ValueError, KeyError) as problem:  # not there, cut off, or not what it should be
+            left, error = None, f"{cloud}'s metadata service: {problem!r}"
         if error != said:
             print(error or f"{cloud}'s metadata service answers", file=sys.stderr, flush=True)
             said = error

@@ -23,6 +23,7 @@ SPARE_CPUS = 2  # Ray Data's reading tasks need whole CPUs beside the actors tha
 NO_PROGRESS_S = 600  # after which Ray Data calls it a hang
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for one poll: 2 s by default
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",  # of the two minutes or thirty seconds that spot nodes have
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # a node takes minutes to come; by default a training asks anew every minute
     "TOKENIZERS_PARALLELISM": "false",

@@ -30,6 +30,7 @@ from retrikt_ray.runtime.progress import follow
 T = TypeVar("T")
 CHECKPOINT_S = 300  # at most so much work is lost with a node that vanishes unannounced
 NOTICE_S = 2.0  # so often Ray is asked whether a node is about to be taken away
+LEAVING_S = 15  # at most so much work is lost with one that is: Ray lets all go on until its time is up
 
 
 def launch(
@@ -239,7 +240,7 @@ class Session(Solo):
         self.start, self.notes = state["step"], state["notes"]
 
     def done(self, step: int, note: str = "") -> None:
-        """Tell the driver that `step` steps are done; checkpoint every eighth of the way, every five minutes, and when a node is about to go."""
+        """Tell the driver that `step` steps are done; checkpoint every eighth of the way, every five minutes, and as a node is about to go."""
         if self.rank == 0:
             self.board.post.remote(step, self.total, note)
         if step % self.every == 0 or step == self.total or self.due():
@@ -253,10 +254,11 @@ class Session(Solo):
         if self.world > 1:
             dist.broadcast(flags, 0)
         unsaved, unasked = flags.tolist()
-        if unasked < NOTICE_S:
-            return bool(unsaved > CHECKPOINT_S)
-        self.asked = now
-        return self.announced() or bool(unsaved > CHECKPOINT_S)
+        if unasked > NOTICE_S:
+            self.asked = now
+            if self.announced():
+                return True
+        return bool(unsaved > (LEAVING_S if self.leaving else CHECKPOINT_S))
 
     def announced(self) -> bool:
         """Whether Ray says for the first time that the node of a worker is being drained, as of spot instances that are reclaimed. A collective."""

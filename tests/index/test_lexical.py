@@ -120,7 +120,11 @@ def test_what_is_left_unread_changes_nothing(seed: int, monkeypatch: pytest.Monk
     """With deletions, edits and rows that may not be found, and with scores that cost next to nothing or very much beside what is read on."""
     monkeypatch.setattr(lexical, "DEAR", (0, 1, 1000)[seed % 3])
     rng = np.random.default_rng(seed)
-    texts, more, queries = sentences(rng, 150), sentences(rng, 10), [" ".join(t for t, _ in sentences(rng, 2)) for _ in range(6)]
+    texts, more, queries = (
+        sentences(rng, 150),
+        [*sentences(rng, 9), ("film " * 300, None)],
+        [" ".join(t for t, _ in sentences(rng, 2)) for _ in range(6)],
+    )
     gone = np.sort(rng.choice(160, 15, replace=False))
     alive = np.isin(np.arange(160), gone, invert=True)
     index = cut(texts, int(rng.integers(1, 4))).edited(more, gone)
@@ -146,6 +150,24 @@ def test_few_postings_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = index.search([("a brave film", None)], 5)
     assert (found % 200 == 0).all()
     assert sum(read) == 20 and sum(scored) <= 60
+
+
+def test_an_interrupted_question_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while compiled code runs is raised when it has done its work."""
+    rng = np.random.default_rng(0)
+    index, add = cut(sentences(rng, 50), 1), kernels.add
+    want = index.search([("a brave film", None)], 5)
+
+    def interrupted(*given: Any) -> int:
+        add(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernels, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        index.search([("a brave film", None)], 5)
+    monkeypatch.setattr(kernels, "add", add)
+    for got, same in zip(index.search([("a brave film", None)], 5), want, strict=True):
+        np.testing.assert_array_equal(got, same)
 
 
 def test_compiled_code_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,7 @@ def test_checkpoints_come_by_steps_and_by_time(monkeypatch: pytest.MonkeyPatch) 
     saved: list[int] = []
     session = object.__new__(training.Session)
     session.rank, session.world, session.total, session.every, session.saved, session.asked = 1, 1, 80, 10, 0.0, 0.0
+    session.leaving = set()
     monkeypatch.setattr(session, "save", saved.append)
     monkeypatch.setattr(session, "announced", lambda: False)
     clock = [0.0]
@@ -235,4 +236,4 @@ def test_a_training_saves_when_a_node_is_announced(monkeypatch: pytest.MonkeyPat
     assert after(1.5) and not after(2.5)
     going.append("b")
     assert after(2.5) and not after(2.5)
-    assert after(training.CHECKPOINT_S)
+    assert after(training.LEAVING_S)  # until it is gone

@@ -50,7 +50,7 @@ class Lexical:
         self.live = self.rows - sum(len(rows) for _, rows in gone)
         words = sum(s.total for s in self.shards) - sum(float(s.lengths[rows].sum(dtype=np.float64)) for s, rows in gone)
         self.mean = max(1.0, words / max(1, self.live))
-        self.lost = np.sort(np.concatenate([np.zeros(0, np.int32), *(s.words[s.held[s.words_of(rows)[0]]] for s, rows in gone)]))
+        self.lost = np.sort(np.concatenate([np.zeros(0, np.int32), *(s.words[s.held[s.words_of(rows)]] for s, rows in gone)]))
 
     @cached_property
     def alive(self) -> np.ndarray | None:
@@ -78,7 +78,7 @@ class Lexical:
     def edited(self, texts: list[Text], gone: np.ndarray) -> Lexical:
         """The same with more rows at the end, and without those at some positions. Costs what these rows do."""
         more = Postings.of([texts], self.rows)
-        return Lexical([*self.shards, more], np.unique(gone))
+        return Lexical([*self.shards, more.like(self.shards[0]) if self.shards else more], np.unique(gone))
 
     def search(self, texts: list[Text], k: int, allowed: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Positions (Q, k) and BM25 scores (Q, k), best first, ties by position; -1 and -inf where no further row shares a word.
@@ -86,6 +86,8 @@ class Lexical:
         allowed: (rows,) bool, the rows that may be found; None: all that are not deleted.
         """
         queries = counted(texts)
+        if self.alive is not None:
+            allowed = self.alive if allowed is None else self.alive & allowed[: self.rows]
         answers = []
         for low, high in pairwise(queries.indptr):
             found, scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -120,7 +122,7 @@ class Asked:
         self.left = np.append(np.cumsum(bounds[self.order][::-1])[::-1], 0) * self.slack  # what words from the i-th on add at most
 
     def best(self, k: int, allowed: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and scores of the k best rows and all that tie with the k-th, by position."""
+        """Positions and scores of the k best rows, and of all that tie with the k-th, by position. allowed: (rows,) bool; None: all."""
         positions, scores, least = np.zeros(0, np.int64), np.zeros(0, np.float32), 0.0
         for s in np.argsort([-len(shard.lengths) for shard in self.index.shards], kind="stable").tolist():
             rows = self.candidates(s, k, least, allowed)
@@ -135,7 +137,8 @@ class Asked:
         """Rows of a shard that may score `least`, and be among its k best."""
         from retrikt_ray.index.words.kernels import add, keep
 
-        shard, mask, unknown = self.index.shards[s], self.mask(s, allowed), not least
+        shard, unknown = self.index.shards[s], not least
+        mask = ALL if allowed is None else allowed[shard.low : shard.low + len(shard.lengths)]
         sums, seen = scratch(len(shard.lengths))
         n = 0
         try:
@@ -153,18 +156,14 @@ class Asked:
                 part = slice(self.begin[s, word], self.end[s, word])
                 n = add(shard.rows[part], shard.counts[part], shard.lengths, mask, self.weights[word], self.mean, sums, seen, n, new)
             rows, found = seen[:n].copy(), sums[seen[:n]]
-        finally:
             sums[seen[:n]] = 0
+        except BaseException:  # Ctrl-C above all: which sums are not 0 is not known then
+            SCRATCH.__dict__.clear()
+            raise
         if n > 2 * k:
             least = self.reached(s, k, rows, found)
             rows = rows[(found * self.slack + self.left[step]) * self.slack >= least]
         return rows
-
-    def mask(self, s: int, allowed: np.ndarray | None) -> np.ndarray:
-        """Which rows of a shard may be found, (n,) bool; or ALL."""
-        low, high = self.index.shards[s].low, self.index.shards[s].low + len(self.index.shards[s].lengths)
-        masks = [mask[low:high] for mask in (self.index.alive, allowed) if mask is not None]
-        return np.logical_and.reduce(masks) if masks else ALL
 
     def reached(self, s: int, k: int, rows: np.ndarray, like: np.ndarray) -> float:
         """What k rows of a shard score at least: those of some rows that seem best by (n,) sums. 0 where there are fewer."""

@@ -19,7 +19,7 @@ from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.texts import Text, joined
 from retrikt_ray.task.words import WORD
 
-K1, B = 1.5, 0.75
+K1, B = 1.5, 0.75  # whoever changes them removes the compiled code that Numba keeps in __pycache__, too
 ARRAYS = ("words", "starts", "most", "spread", "rows", "counts", "lengths", "firsts", "held", "times")  # on the disk
 BUCKETS = 2**30  # of the words' hashes: two of a million words share one with a chance of 1 in 1000 each
 
@@ -59,7 +59,7 @@ class Postings:
     times: np.ndarray  # (P,) how often
 
     def __post_init__(self) -> None:
-        for name in ARRAYS:  # as they are when they are mapped: compiled code is compiled once
+        for name in ARRAYS:  # as they are when they are mapped: code is compiled for each type of its arguments
             view = getattr(self, name).view()
             view.flags.writeable = False
             setattr(self, name, view)
@@ -108,10 +108,15 @@ class Postings:
         """Words of all rows."""
         return float(self.lengths.sum(dtype=np.float64))
 
-    def words_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The words of some rows, each row's by hash: where they are in `held`, and which of `rows` each belongs to."""
-        counts = self.firsts[rows + 1] - self.firsts[rows]
-        return runs(self.firsts[rows], counts), np.repeat(np.arange(len(rows)), counts)
+    def words_of(self, rows: np.ndarray) -> np.ndarray:
+        """Where the words of some rows are in `held`."""
+        return runs(self.firsts[rows], self.firsts[rows + 1] - self.firsts[rows])
+
+    def like(self, other: Postings) -> Postings:
+        """The same with whole numbers as wide as others are, at least: no code has to be compiled for them."""
+        same = {name: getattr(self, name) for name in ARRAYS}
+        wide = {name: same[name].astype(np.promote_types(same[name].dtype, getattr(other, name).dtype)) for name in ARRAYS}
+        return Postings(self.low, **wide)
 
     def find(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Places of words (T,), and whether any row holds them (T,)."""
