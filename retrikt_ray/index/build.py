@@ -31,7 +31,7 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
 TRAIN_ROWS = 160_000  # that a quantizer is trained on: 39 for each of 4,096 centroids, FAISS's least; bounds the memory of training
 SHARD_ROWS = 500_000
 SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
-WORDS_ROWS = 500_000  # of a file of postings, which a task sorts in memory: about a kilobyte a row for texts of 60 words; a search opens each file anew
+WORDS_ROWS = 1_000_000  # of a file of postings, which a task sorts in memory: 1.4 kB a row for texts of 60 words; a search opens each file anew
 RECALL_AT = 10
 RECALL_QUERIES = 200  # that recall is measured with at most
 ENOUGH = 0.01  # how far below the best recall fewer probes may stay
