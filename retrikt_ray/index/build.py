@@ -7,6 +7,7 @@ comes last. How well the index answers is measured while it is built: the exact 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -31,7 +32,9 @@ from retrikt_ray.task.texts import TEXT_COLUMNS, texts_of
 TRAIN_ROWS = 160_000  # that a quantizer is trained on: 39 for each of 4,096 centroids, FAISS's least; bounds the memory of training
 SHARD_ROWS = 500_000
 SHARD_BYTES = 256e6  # of a shard: what a building task holds in memory, and a reader maps
-WORDS_ROWS = 1_000_000  # of a file of postings, which a task sorts in memory: 1.4 kB a row for texts of 60 words; a search opens each file anew
+WORDS_ROWS = (
+    1_000_000  # of a file of postings, which a task sorts in memory: 1.4 kB a row for texts of 60 words; a search opens each file anew
+)
 RECALL_AT = 10
 RECALL_QUERIES = 200  # that recall is measured with at most
 ENOUGH = 0.01  # how far below the best recall fewer probes may stay
@@ -163,9 +166,8 @@ def build(
     exact = factory == "Flat"
 
     # 2. train
-    wanted = np.arange(min(rows, 1)) if exact else np.arange(rows)
-    if len(wanted) > TRAIN_ROWS:
-        wanted = np.sort(np.random.default_rng(seed).choice(rows, TRAIN_ROWS, replace=False))
+    few = min(rows, 1 if exact else TRAIN_ROWS)
+    wanted = np.array(sorted(random.Random(f"{seed}:sample").sample(range(rows), few)), np.int64)  # costs what is drawn
     parts = np.array_split(wanted, workers.count if workers else 1)
     samples = each(sampled, [(source, vectors, part) for part in parts], workers, "index: sample", by_reference=True)
     threads = widest(workers)

@@ -8,6 +8,7 @@ prior, so that what they say is kept beside what the store says.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,13 +36,15 @@ def learn(
     wanted: (N,) bool each. own: (N,) bool, the rows of the domain; of a store that is too large up to half of what is learnt from are of these.
     """
     source = Source.of(store)
-    positions = np.arange(source.rows)
-    if len(positions) > MOST_ROWS:
-        rng = np.random.default_rng([seed, 11])
-        first = positions[:0] if own is None else np.flatnonzero(own)
-        first = rng.choice(first, min(len(first), MOST_ROWS // 2), replace=False)
-        rest = rng.choice(np.setdiff1d(positions, first), MOST_ROWS - len(first), replace=False)
+    if source.rows > MOST_ROWS:
+        draw = random.Random(f"{seed}:n-grams")  # whose sample of a range costs what is drawn, not what is drawn from
+        first = np.zeros(0, np.int64) if own is None else np.flatnonzero(own)
+        first = first[sorted(draw.sample(range(len(first)), min(len(first), MOST_ROWS // 2)))]
+        rest = np.array(sorted(draw.sample(range(source.rows - len(first)), MOST_ROWS - len(first))), np.int64)
+        rest += np.searchsorted(first - np.arange(len(first)), rest, "right")  # the n-th row that is not among the first
         positions = np.sort(np.concatenate([first, rest]))
+    else:
+        positions = np.arange(source.rows)
     calls = [(source, positions[low : low + TASK_ROWS]) for low in range(0, len(positions), TASK_ROWS)]
     parts = each(counted, calls, workers, "index: n-grams", by_reference=True)
     rows = [mask[positions] for mask in wanted] or [np.ones(len(positions), bool)]

@@ -143,6 +143,14 @@ def test_a_large_store_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert asked[0].tolist() == asked[1].tolist() != asked[2].tolist() and len({*asked[0].tolist()}) == 50
     assert asked[0].tolist() == sorted(asked[0].tolist())
     assert not np.array_equal(first.bias, other[0].bias)
+    own = np.arange(120) % 4 == 0
+    learn(store, 0, None, (), own)
+    assert (
+        len({*asked[3].tolist()}) == 50
+        and own[asked[3]].sum() >= 25
+        and (~own[asked[3]]).sum() > 0
+        and 0 <= asked[3].min() <= asked[3].max() < 120
+    )
 
 
 def test_counting_reads_rows_at_positions(tmp_path: Path) -> None:
