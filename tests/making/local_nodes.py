@@ -111,7 +111,7 @@ def local_nodes(workers: int, more: dict[str, str] | None = None) -> Iterator[Lo
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory() as home, s3_server(Path(home) / "journal") as settings:
-        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"} | (more or {})
+        settings |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"} | (more or {})
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)  # which the nodes inherit
         dashboard, agent = free_ports(2)
