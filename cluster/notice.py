@@ -18,7 +18,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-POLL_S, HEARD_S = 2.0, 15.0
+POLL_S = 2.0  # between two questions to the cloud
+HEARD_S = 15.0  # that Ray has to answer, before it is told again
 GCP_S = 25.0  # of thirty, some are gone when it is known
 
 
