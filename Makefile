@@ -8,7 +8,7 @@ RETRIKT_DATA ?= ../shared
 export RETRIKT_DATA
 .DEFAULT_GOAL := help
 .PHONY: help install install-dev install-bench quickstart test test-slow test-gpu lint format docs serve bench-quality bench-corpus bench-arms bench-harvest bench-reinforce bench-annotator bench-algorithms bench-lexical bench-generate bench-generate-gpu bench-generate-workers bench-texts bench-estimate bench-latency bench-serve \
-  bench-scale bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
+  bench-scale bench-workers bench-duplicates bench-index-build bench-index-memory bench-index-query bench-index-edit bench-faults bench-fuzz soak test-openapi drill-autoscale drill-nodes drill-leases clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -116,6 +116,9 @@ SCALE ?=
 bench-scale: install-dev ## Time and memory of each stage and of a replica at 100k, 400k and 1.6M made-up rows (hours; SCALE="100000 400000": a part), and what S3 is asked
 	$(BIN)/python -m jobs.bench_scale requests
 	$(BIN)/python -m jobs.bench_scale $(SCALE)
+
+bench-workers: install ## Two workers beside one: annotate, and what distill reads, made-up rows (minutes)
+	$(BIN)/python -m jobs.bench_workers
 
 bench-duplicates: install ## Time and memory of the search for near duplicates and leakage, 10k and 100k made-up rows
 	$(BIN)/python -m jobs.bench_duplicates

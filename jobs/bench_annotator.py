@@ -53,7 +53,7 @@ def side(folder: str, way: str, dtype: str) -> dict[str, float]:
         model.train()
         return cross_entropy(model(*model.encode([texts[row] for row in rows]))[0], target[rows]), ""
 
-    training.run(solo, [list(range(TEXTS))] * STEPS, loss_of)
+    training.run(solo, training.Steps([list(range(TEXTS))] * STEPS), loss_of)
     saved = [*model.trained().values(), *optimizer_state(solo.optimizer).values()]
     return {
         "peak_mb": held(device) - before,

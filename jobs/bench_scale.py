@@ -47,7 +47,7 @@ def texts(rng: np.random.Generator, count: int) -> list[str]:
     return [" ".join(f"w{w}" for w in row[: 8 + i % 17]) for i, row in enumerate(ranks)]
 
 
-def teacher(folder: str) -> None:
+def teacher(folder: str, width: int, layers: int) -> None:
     """An encoder with random weights, as Hugging Face saves it."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -57,13 +57,13 @@ def teacher(folder: str) -> None:
     plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 2 * WIDTH}
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32, "intermediate_size": 4 * width}
     BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=64, initializer_range=0.3, **shape)).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
 
 
-def make(rows: int, uri: str) -> None:
-    """A run in which everything before `annotate` is done."""
+def make(rows: int, uri: str, width: int = WIDTH, layers: int = 1) -> None:
+    """A run in which everything before `annotate` is done. width, layers: of its teacher."""
     from retrikt_ray.runtime import artifacts
     from retrikt_ray.runtime.folders import Folder
     from retrikt_ray.store.rows import GENERATED
@@ -83,7 +83,7 @@ def make(rows: int, uri: str) -> None:
         }
         (run / "task").write_table(f"{split}.parquet", pa.table(columns))
     with tempfile.TemporaryDirectory() as folder:
-        teacher(folder)
+        teacher(folder, width, layers)
         annotator = Annotator.start(folder, "", "float32", CLASSES, 0, 32)
     annotator.save(run / "teacher", "made up", "", "float32")
     card = {"annotator": "made up", "base": "none", "parameters": annotator.parameter_count, "max_tokens": 32}
@@ -225,8 +225,8 @@ def requests(sizes: tuple[int, int]) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["make", rows, run]:
-            make(int(rows), run)
+        case ["make", rows, run, *shape]:
+            make(int(rows), run, *map(int, shape))
         case ["replica", run]:
             replica(run)
         case ["requests"]:

@@ -112,11 +112,12 @@ class Training:
         with torch.autocast(self.device.type, torch.bfloat16):
             return self.forward(input_ids=ids, labels=ids).loss
 
-    def batches(self, steps: int) -> list[list[int]]:
+    def batches(self, steps: int) -> training.Steps:
         """Rows of each step; an epoch's last, short batch is left out, as long as there are others."""
         size = min(self.config["batch"], len(self.windows))
         epochs = math.ceil(steps / (len(self.windows) // size))
-        return [rows for rows in training.epoch_batches(len(self.windows), size, epochs, self.config["seed"]) if len(rows) == size][:steps]
+        every = training.epoch_batches(len(self.windows), size, epochs, self.config["seed"])
+        return training.Steps([rows for rows in every if len(rows) == size][:steps])
 
     def step_loss(self, step: int, rows: list[int]) -> tuple[Any, str]:
         loss = self.loss_of(self.windows[sorted(rows)])

@@ -86,7 +86,7 @@ def small(material: Material) -> Systems:
     size = int(material.distill.size * material.inputs["teacher"].read_json("teacher.json")["parameters"])
     words = tfidf(rows.texts, rows.teacher.numpy(), validation, metric, size)
     wide = material.distill.model_copy(update={"kind": "static", "size": 1.0})
-    averages = untrained(wide, material.inputs["teacher"], rows, material.task.pair, material.seed)
+    averages = untrained(wide, material.inputs["teacher"], material.token_counts, material.task.pair, material.seed)
 
     def features(texts: list[Text]) -> np.ndarray:
         return np.asarray(averages.encode(texts)[1].numpy() * 4)

@@ -14,6 +14,8 @@ from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import Text, texts_of
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     from retrikt_ray.predictor import Predictor
     from retrikt_ray.student.fit import DistillConfig
     from retrikt_ray.student.model import Student
@@ -69,6 +71,14 @@ class Material:
         return [i for i, value in enumerate(self.rows.truth.tolist()) if value == value]
 
     @cached_property
+    def token_counts(self) -> Counter[int]:
+        """How often each of the teacher's tokens occurs in the store."""
+        from retrikt_ray.student.inherit import count_tokens
+        from retrikt_ray.teacher.annotator import tokenizer_of
+
+        return count_tokens(tokenizer_of(self.inputs["teacher"]), [self.rows.texts])
+
+    @cached_property
     def distill(self) -> DistillConfig:
         """The config of students."""
         from retrikt_ray.student.fit import DistillConfig
@@ -98,7 +108,7 @@ def trained(material: Material, config: DistillConfig, index: list[int], held: l
     for sources in courses(material.source[index + (held or [])]):
         wanted = positions[among(material.source[positions], sources)]
         rows = every.take(balanced(wanted, material.source).tolist())
-        student = untrained(config, material.inputs["teacher"], every, material.task.pair, material.seed)
+        student = untrained(config, material.inputs["teacher"], material.token_counts, material.task.pair, material.seed)
         fit(student, rows, unseen, config, material.seed, lambda o, _, total: Solo(o, total, material.seed))
         found.append((unseen_loss(student, unseen), student))
     return min(found, key=lambda pair: pair[0])[1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,10 @@ class Source:
 
     def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
         """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
-        for name, group, first, rows in self.groups:
+        start = max(0, bisect_right(self.groups, low, key=lambda group: group[2]) - 1)
+        for name, group, first, rows in islice(self.groups, start, None):
+            if first >= high:
+                break
             begin, end = max(low - first, 0), min(high - first, rows)
             if begin < end:
                 with self.parquet(name) as file:

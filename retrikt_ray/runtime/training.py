@@ -90,12 +90,26 @@ def epoch_batches(count: int, batch: int, epochs: int, seed: int) -> Iterator[li
             yield order[start : start + batch]
 
 
+def dealt(batch: list[int], workers: int) -> list[list[int]]:
+    """A global batch by worker, one row after another."""
+    return [batch[rank::workers] for rank in range(workers)]
+
+
 class Batches(Protocol):
-    """Row numbers of every step."""
+    """The global batches of a training."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, step: int, /) -> list[int]: ...
+    def parts(self, step: int, workers: int) -> list[list[int]]:
+        """Row numbers of a step's batch by worker; together they do not depend on how many there are."""
+        ...
+
+
+class Steps(list[list[int]]):
+    """Global batches that are known in advance, row numbers of one after another."""
+
+    def parts(self, step: int, workers: int) -> list[list[int]]:
+        return dealt(self[step], workers)
 
 
 def warmup_linear(step: int, total: int, warmup: float = 0.1) -> float:
@@ -132,13 +146,14 @@ def run(
     all workers, so those without rows are asked, too.
     """
     for step in range(session.start, len(batches)):
-        rows, note = session.share(batches[step]), ""
+        parts, note = batches.parts(step, session.world), ""
+        rows = parts[session.rank]
         session.set_rate(step)
         seed_everything(session.seed, step, session.rank)
         if rows or together:  # a batch may have fewer rows than there are workers
             loss, note = loss_of(step, rows)
             loss.backward()
-        session.update(len(rows) / len(batches[step]))
+        session.update(len(rows) / sum(map(len, parts)))
         if after is not None:
             after(step + 1)
         session.done(step + 1, note)
@@ -155,23 +170,23 @@ class Solo:
 
     def share(self, rows: list[int]) -> list[int]:
         """This worker's part of a global batch."""
-        return rows[self.rank :: self.world]
+        return dealt(rows, self.world)[self.rank]
 
-    def gather(self, count: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Tensors (n, k_i) of this worker's rows of a batch of `count` as (count, k_i) of all workers' rows, in the order of the workers.
+    def gather(self, sizes: list[int], *parts: Tensor) -> tuple[Tensor, ...]:
+        """Tensors (n, k_i) of this worker's rows of a batch as (sum of sizes, k_i) of all workers' rows, in the order of the workers.
 
-        Only this worker's rows have gradients: a loss over all rows gives each worker its own rows' part of the gradient, and the sum over the
+        sizes: rows of the batch by worker. Only this worker's rows have gradients: a loss over all rows gives each worker its own rows' part of the gradient, and the sum over the
         workers is the gradient that one worker would have. float32; a collective.
         """
         if self.world == 1:
             return parts
         widths = [p.shape[1] for p in parts]
         own = torch.cat([p.float() for p in parts], 1)
-        padded = own.new_zeros(-(-count // self.world), sum(widths))
+        padded = own.new_zeros(max(sizes), sum(widths))
         padded[: len(own)] = own.detach()
         found = [torch.empty_like(padded) for _ in range(self.world)]
         dist.all_gather(found, padded)
-        rows = [found[i][: len(range(i, count, self.world))] for i in range(self.world)]  # as `share` cuts them
+        rows = [part[:size] for part, size in zip(found, sizes, strict=True)]
         rows[self.rank] = own
         return torch.cat(rows).split(widths, 1)
 

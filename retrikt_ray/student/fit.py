@@ -15,6 +15,8 @@ from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
 
 if TYPE_CHECKING:
+    from collections import Counter
+
     import torch
 
     from retrikt_ray.runtime.training import Solo
@@ -96,7 +98,7 @@ def fit(
             for k, v in model.state_dict().items():
                 best[k].copy_(v)
 
-    loss_of = distillation(student, rows, config, session, lambda step: len(batches[step]))
+    loss_of = distillation(student, rows, config, session, lambda step: [len(part) for part in batches.parts(step, session.world)])
     training.run(session, batches, loss_of, keep_best, together=True)
     model.load_state_dict(best)
     model.eval()
@@ -104,9 +106,9 @@ def fit(
 
 
 def distillation(
-    student: Student, rows: Rows | StoreRows, config: DistillConfig, session: Solo, count_of: Callable[[int], int]
+    student: Student, rows: Rows | StoreRows, config: DistillConfig, session: Solo, sizes_of: Callable[[int], list[int]]
 ) -> Callable[[int, list[int]], tuple[torch.Tensor, str]]:
-    """The loss of some of the rows, as `training.run` asks for it. count_of(step): rows of the whole batch.
+    """The loss of some of the rows, as `training.run` asks for it. sizes_of(step): rows of the batch by worker.
 
     Relation and retrieval are losses of the whole batch: the vectors of all workers are gathered, since a worker's share of a batch may be two
     rows, which say nothing of each other. Their sum over the workers is what one worker would have (to the order of sums).
@@ -125,9 +127,10 @@ def distillation(
 
     def loss_of(step: int, index: list[int]) -> tuple[torch.Tensor, str]:
         model.train()
-        part, count = rows.take(index), count_of(step)
+        part, sizes = rows.take(index), sizes_of(step)
+        count = sum(sizes)
         teacher, truth = standardised(part.teacher), standardised(part.truth)
-        if not index:  # there are fewer rows than workers; what the others gather needs an answer all the same
+        if not index:  # a batch may have no rows for a worker; what the others gather needs an answer all the same
             logits, vectors = torch.zeros(0, model.config.outputs, device=device), torch.zeros(0, model.head.in_features, device=device)
         else:
             inputs = student.tensors(part.texts)
@@ -136,7 +139,7 @@ def distillation(
                     inputs[name] = inputs[name] * (torch.rand(inputs[name].shape, device=device) >= config.token_dropout)
             logits, vectors = model(**inputs)
         gathered = [vectors, teacher] + ([] if part.embeddings is None else [part.embeddings.to(device)])
-        everyone = session.gather(count, *gathered) if count > 1 and (config.retrieval or config.relation) else ()
+        everyone = session.gather(sizes, *gathered) if count > 1 and (config.retrieval or config.relation) else ()
         if not index:
             return torch.zeros((), device=device, requires_grad=True), ""
         times = count / len(index)  # a worker's gradient counts by its share of the rows; a loss of the whole batch has to count once
@@ -164,11 +167,11 @@ def unseen_loss(student: Student, rows: Rows) -> float:
     return float(losses(student.encode(rows.texts)[0].numpy(), rows.teacher.numpy()).mean())
 
 
-def untrained(config: DistillConfig, teacher: Folder, rows: Rows | StoreRows, pair: bool, seed: int) -> Student:
+def untrained(config: DistillConfig, teacher: Folder, counts: Counter[int], pair: bool, seed: int) -> Student:
     """The student that this config, teacher and store ask for, before training.
 
-    rows: of all the store, once each, whatever it trains on: its vocabulary and their frequencies. What was inherited of a token that it does not
-    train on is worth more than nothing.
+    counts: how often each token occurs in all the store, whatever it trains on: what was inherited of a token that it does not train on is worth
+    more than nothing. A pre-trained model asks for none.
     """
     from retrikt_ray.runtime.training import seed_everything
     from retrikt_ray.student.inherit import new_student, pretrained_student
@@ -178,4 +181,4 @@ def untrained(config: DistillConfig, teacher: Folder, rows: Rows | StoreRows, pa
     annotator = Annotator.load(teacher)
     if config.model:
         return pretrained_student(config.model, annotator, pair)
-    return new_student(config.kind, annotator, rows.chunks(), int(config.size * annotator.parameter_count), config.layers, pair)
+    return new_student(config.kind, annotator, counts, int(config.size * annotator.parameter_count), config.layers, pair)

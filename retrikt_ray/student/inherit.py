@@ -51,9 +51,9 @@ def reduce(vectors: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(out, (0, dim - out.shape[1])) if out.shape[1] < dim else out
 
 
-def new_student(kind: str, teacher: Annotator, chunks: Iterable[list[Text]], budget: int, layers: int, pair: bool) -> Student:
-    """A student of about `budget` parameters for these texts, which come some at a time. Row 0 of its table is for tokens outside its vocabulary."""
-    outputs, counts = teacher.head.out_features, count_tokens(teacher.tokenizer, chunks)
+def new_student(kind: str, teacher: Annotator, counts: Counter[int], budget: int, layers: int, pair: bool) -> Student:
+    """A student of about `budget` parameters for texts with these tokens. Row 0 of its table is for tokens outside its vocabulary."""
+    outputs = teacher.head.out_features
     sizes: dict[str, Any] = {"outputs": outputs, "pair": pair, "layers": layers, "max_tokens": teacher.max_tokens}
     dim, vocabulary = KINDS[kind].size(budget, len(counts) + 1, **sizes)
     kept = sorted(t for t, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0]))[: vocabulary - 1])

@@ -8,7 +8,8 @@ texts that a model wrote are worth learning from where there are unlabelled ones
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,6 +18,7 @@ import torch
 
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source, matrix, names
+from retrikt_ray.runtime.training import dealt
 from retrikt_ray.task.metrics import one_hot
 from retrikt_ray.task.texts import TEXT_COLUMNS, Text, texts_of
 
@@ -25,6 +27,7 @@ HELD_SHARE, MOST_HELD = 0.1, 1000  # of the rows that may be held out
 ENOUGH = 500  # unlabelled rows
 OWN = ("task", "unlabelled")  # sources of the domain's own texts
 MOST_TIMES = 8  # that a row is repeated
+READERS = 8  # row groups that are read side by side
 WINDOW = 64  # row groups that an epoch shuffles together and keeps in memory: 32,768 rows of a store as `annotate` writes it
 
 
@@ -52,10 +55,6 @@ class Rows:
             None if self.embeddings is None else self.embeddings[index],
             self.truth[index],
         )
-
-    def chunks(self) -> Iterator[list[Text]]:
-        """All texts, some at a time."""
-        yield self.texts
 
     def batches(self, batch: int, epochs: int, seed: int) -> Batches:
         return Batches([np.arange(len(self))], batch, epochs, seed)
@@ -95,31 +94,36 @@ class StoreRows:
         cuts = np.searchsorted(self.positions, self.firsts[1:])
         return [part for part in np.split(np.arange(len(self)), cuts) if len(part)]
 
-    def group(self, number: int) -> Rows:
-        if number not in self.kept:
-            if len(self.kept) >= WINDOW:
-                self.kept.popitem(last=False)
-            first, count = self.source.groups[number][2:]
-            _, table = next(self.source.read(first, first + count, COLUMNS))
-            self.kept[number] = rows_of(table)
-        self.kept.move_to_end(number)
-        return self.kept[number]
+    def read(self, number: int) -> Rows:
+        first, count = self.source.groups[number][2:]
+        _, table = next(self.source.read(first, first + count, COLUMNS))
+        return rows_of(table)
+
+    def loaded(self, numbers: Sequence[int]) -> list[Rows]:
+        """Some row groups. Those that are not in memory are read side by side: of an object store each takes a few round trips."""
+        missing = [n for n in numbers if n not in self.kept]
+        with ThreadPoolExecutor(max(1, len(missing))) as readers:
+            new = dict(zip(missing, readers.map(self.read, missing), strict=True))
+        found = {n: new[n] if n in new else self.kept.pop(n) for n in numbers}
+        self.kept |= found
+        while len(self.kept) > WINDOW:
+            self.kept.popitem(last=False)
+        return list(found.values())
 
     def take(self, index: list[int]) -> Rows:
         if not index:
-            return self.group(0).take([])
+            return self.loaded([0])[0].take([])
         positions = self.positions[index]
         numbers = np.searchsorted(self.firsts, positions, side="right") - 1
         order = np.argsort(numbers, kind="stable")
-        parts = [
-            self.group(int(number)).take((positions[order[numbers[order] == number]] - self.firsts[number]).tolist())
-            for number in np.unique(numbers)
-        ]
+        each, cuts = np.unique(numbers[order], return_index=True)
+        places = np.split(positions[order], cuts[1:])
+        parts = []
+        for low in range(0, len(each), READERS):
+            some = each[low : low + READERS]
+            for rows, number, place in zip(self.loaded(some.tolist()), some, places[low : low + READERS], strict=True):
+                parts.append(rows.take((place - self.firsts[number]).tolist()))
         return joined_rows(parts).take(np.argsort(order).tolist())
-
-    def chunks(self) -> Iterator[list[Text]]:
-        for part in self.groups:
-            yield self.take(part.tolist()).texts
 
     def batches(self, batch: int, epochs: int, seed: int) -> Batches:
         return Batches(self.groups, batch, epochs, seed)
@@ -130,26 +134,46 @@ class Batches:
 
     Groups of rows are drawn in a random order, and the rows of WINDOW groups that follow each other are shuffled together: an epoch reads each
     group once. With no more groups than that it is a plain shuffle.
+
+    Several workers deal a batch out one row after another as long as each keeps all groups in memory. Of more groups each worker has its own, drawn
+    in turn, and of a batch the rows that lie in them: no group is read twice in an epoch, whatever the number of workers. Their shares of a batch
+    then differ by chance.
     """
 
     def __init__(self, groups: list[np.ndarray], batch: int, epochs: int, seed: int) -> None:
         self.groups, self.batch, self.seed = groups, batch, seed
         self.per_epoch = -(-sum(len(g) for g in groups) // batch)
         self.count = epochs * self.per_epoch
-        self.order: tuple[int, np.ndarray] = (-1, np.zeros(0, int))
+        self.firsts = np.array([group[0] for group in groups if len(group)])
+        self.order: tuple[int, np.ndarray, np.ndarray] = (-1, np.zeros(0, int), np.zeros(0, int))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, step: int) -> list[int]:
         epoch, place = divmod(step, self.per_epoch)
+        rows: list[int] = self.drawn(epoch)[0][place * self.batch : (place + 1) * self.batch].tolist()
+        return rows
+
+    def drawn(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers in the order of an epoch, (N,), and the place of each group in it, (groups,)."""
         if self.order[0] != epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            drawn = [self.groups[i] for i in rng.permutation(len(self.groups))]
+            order = rng.permutation(len(self.groups))
+            drawn = [self.groups[i] for i in order]
             windows = [np.concatenate(drawn[low : low + WINDOW]) for low in range(0, len(drawn), WINDOW)]
-            self.order = epoch, np.concatenate([rng.permutation(w) for w in windows])
-        rows: list[int] = self.order[1][place * self.batch : (place + 1) * self.batch].tolist()
-        return rows
+            self.order = epoch, np.concatenate([rng.permutation(w) for w in windows]), np.argsort(order)
+        return self.order[1:]
+
+    def parts(self, step: int, workers: int) -> list[list[int]]:
+        """Row numbers of a step's batch by worker."""
+        batch = self[step]
+        if len(self.groups) <= WINDOW:
+            return dealt(batch, workers)
+        places = self.drawn(step // self.per_epoch)[1]
+        rows = np.array(batch)
+        owners = places[np.searchsorted(self.firsts, rows, "right") - 1] % workers
+        return [rows[owners == rank].tolist() for rank in range(workers)]
 
 
 def rows_of(table: object) -> Rows:
@@ -213,11 +237,6 @@ def courses(sources: np.ndarray) -> list[tuple[str, ...]]:
 def among(sources: np.ndarray, named: Sequence[str]) -> np.ndarray:
     """(N,) bool: which rows are of the named sources; none named: all. sources (N,)."""
     return np.isin(sources, named) if len(named) else np.ones(len(sources), bool)
-
-
-def every_row(store: Folder) -> StoreRows:
-    """All rows of a store, once each."""
-    return StoreRows(store, np.arange(Source.of(store).rows))
 
 
 def load_store(store: Folder, seed: int, named: Sequence[str] = ()) -> tuple[StoreRows, Rows]:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,23 @@ def max_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 def backbone_path(kind: str, base: str) -> str:
     """Where the annotator's backbone is before training: the base, or what `kind` names."""
     return model_path(base if kind in ("prompt", "base") else kind)
+
+
+@contextmanager
+def backbone_of(teacher: Folder) -> Iterator[str]:
+    """Where the backbone of a trained annotator and its tokenizer are. Raises ConfigError where they cannot be read."""
+    card, whole = (teacher / "classifier").read_json("classifier.json"), teacher.local() / "classifier" / "backbone"
+    path = str(whole) if whole.exists() else backbone_path(card["kind"], card["base"])
+    try:
+        yield path
+    except OSError as error:
+        raise ConfigError(f"the annotator of {teacher} stands on {path!r}, which cannot be read here: {error}") from error
+
+
+def tokenizer_of(teacher: Folder) -> Any:
+    """The tokenizer of a trained annotator. Raises ConfigError where it cannot be read."""
+    with backbone_of(teacher) as path:
+        return AutoTokenizer.from_pretrained(path)
 
 
 def is_lm(config: Any) -> bool:
@@ -245,16 +264,12 @@ class Annotator(nn.Module):
         """
         card = (teacher / "classifier").read_json("classifier.json")
         folder, device = teacher.local() / "classifier", pick_device()
-        whole = folder / "backbone"
-        path = str(whole) if whole.exists() else backbone_path(card["kind"], card["base"])
-        try:
+        with backbone_of(teacher) as path:
             tokenizer = AutoTokenizer.from_pretrained(path)
             shared = base is not None and card["kind"] == "prompt"
             backbone = (
                 base.model.base_model if base and shared else AutoModel.from_pretrained(path, dtype=pick_dtype(card["dtype"], device))
             )
-        except OSError as error:
-            raise ConfigError(f"the annotator of {teacher} stands on {path!r}, which cannot be read here: {error}") from error
         left_out = 0 if shared or not card["concat"] else cut(backbone)
         if (folder / "adapter").exists():
             # Merged, they cost a text nothing, and the size of the teacher is the base's.

@@ -85,7 +85,7 @@ def prompt_loop(config: dict[str, Any]) -> None:
     groups = [[t for t, own in zip(texts, conditions, strict=True) if own == i] for i in range(len(prefixes))]
     prompt = prompts.from_texts(base, groups, c.shared_tokens, c.class_tokens, config["seed"]).to(base.device)
     optimizer = torch.optim.AdamW(prompt.parameters(), lr=c.prompt_learning_rate, weight_decay=0.0)
-    batches = list(training.epoch_batches(len(texts), c.prompt_batch, c.prompt_epochs, config["seed"]))
+    batches = training.Steps(training.epoch_batches(len(texts), c.prompt_batch, c.prompt_epochs, config["seed"]))
     session = training.Session(config, optimizer, dict(prompt.state_dict(keep_vars=True)), len(batches))
 
     def text_log_prob(prefix: Prefix, rows: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def annotator_loop(config: dict[str, Any]) -> None:
         model.shift.copy_(values.mean())
         model.scale.copy_(values.std().clamp(min=1e-6))
     optimizer = annotator_optimizer(model, c.annotator_learning_rate)
-    batches = list(training.epoch_batches(len(texts), c.annotator_batch, c.annotator_epochs, config["seed"]))
+    batches = training.Steps(training.epoch_batches(len(texts), c.annotator_batch, c.annotator_epochs, config["seed"]))
     session = training.Session(config, optimizer, model.trained(), len(batches))
 
     def loss_of(_: int, rows: list[int]) -> tuple[Tensor, str]:

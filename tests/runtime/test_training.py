@@ -149,7 +149,7 @@ def trained(start: int, value: float, noise: int) -> tuple[float, Recorded]:
     def loss_of(step: int, rows: list[int]) -> tuple[torch.Tensor, str]:
         return (parameter * torch.rand(1) * (step + len(rows))).sum(), f"step {step}"
 
-    training.run(session, [[0, 1], [2, 3], [4, 5], [6, 7], [8]], loss_of)
+    training.run(session, training.Steps([[0, 1], [2, 3], [4, 5], [6, 7], [8]]), loss_of)
     return parameter.item(), session
 
 
@@ -161,7 +161,7 @@ def test_run_goes_on_where_it_was_to_the_same_weights() -> None:
     first = Recorded(parameter, 5)
     training.run(
         first,
-        [[0, 1], [2, 3], [4, 5], [6, 7], [8]],
+        training.Steps([[0, 1], [2, 3], [4, 5], [6, 7], [8]]),
         lambda step, rows: ((parameter * torch.rand(1) * (step + len(rows))).sum(), ""),
         after=lambda steps: values.append(parameter.item()),
     )
@@ -178,7 +178,7 @@ def test_run_weighs_a_workers_share_and_asks_nothing_of_one_without_rows() -> No
         return parameter.sum(), ""
 
     session = Recorded(parameter, 2, rank=1, world=3)
-    training.run(session, [[10, 11, 12, 13], [14]], loss_of)
+    training.run(session, training.Steps([[10, 11, 12, 13], [14]]), loss_of)
     assert asked == [[11]] and session.weights == [1 / 4, 0.0]  # of four rows one is this worker's; of one row none
     assert [step for step, _ in session.finished] == [1, 2]
 
@@ -192,7 +192,7 @@ def test_run_draws_other_noise_on_other_workers() -> None:
             drawn.append(torch.rand(1).item())
             return parameter.sum(), ""
 
-        training.run(Recorded(parameter, 1, rank=rank, world=2), [[0, 1]], loss_of)
+        training.run(Recorded(parameter, 1, rank=rank, world=2), training.Steps([[0, 1]]), loss_of)
     assert drawn[0] != drawn[1]
 
 

@@ -19,11 +19,13 @@ from retrikt_ray.runtime.cluster import plan
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
 from retrikt_ray.store.rows import store_schema
-from retrikt_ray.student.distill import distill, named
+from retrikt_ray.student import distill as distilling
+from retrikt_ray.student.distill import distill, named, token_counts
 from retrikt_ray.student.fit import DistillConfig
+from retrikt_ray.student.inherit import count_tokens
 from retrikt_ray.student.model import Student
-from retrikt_ray.student.rows import load_validation, sources_of
-from retrikt_ray.teacher.annotator import Annotator
+from retrikt_ray.student.rows import load_rows, load_validation, sources_of
+from retrikt_ray.teacher.annotator import Annotator, tokenizer_of
 
 GOOD, OWN = set(WORDS[8:12]), ("task", "unlabelled")
 CONFIG = DistillConfig(epochs=1, size=0.2, batch=32, workers=1)
@@ -84,6 +86,20 @@ def made(tiny_encoder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[bo
 def right(student: Student, inputs: dict[str, Folder]) -> float:
     rows = load_validation(inputs["task"], 2)
     return float((student.encode(rows.texts)[0].argmax(1).numpy() == rows.truth.numpy()).mean())
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tokens_are_counted_in_tasks_as_in_one_process(
+    made: dict[bool, dict[str, Folder]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers, texts = plan(CONFIG, "distill"), load_rows(made[True]["store"]).texts
+    want = count_tokens(tokenizer_of(made[True]["teacher"]), [texts])
+    assert want.total() > 7 * 1440 and token_counts(made[True], Folder.at(tmp_path / "one"), workers) == want
+    monkeypatch.setattr(distilling, "COUNT_ROWS", 500)
+    several = Folder.at(tmp_path / "several")
+    assert token_counts(made[True], several, workers) == want
+    monkeypatch.setattr(distilling, "each", None)
+    assert token_counts(made[True], several, workers) == want  # kept
 
 
 @pytest.mark.slow

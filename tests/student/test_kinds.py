@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.testing import assert_close
 
 from retrikt_ray.student import kinds
-from retrikt_ray.student.inherit import new_student, reduce, token_vectors
+from retrikt_ray.student.inherit import count_tokens, new_student, reduce, token_vectors
 from retrikt_ray.student.kinds import KINDS, Convolution, Static, StudentConfig, tokenized
 from retrikt_ray.student.model import Student, StudentModel
 from retrikt_ray.task.texts import Text
@@ -178,7 +178,8 @@ def test_a_vector_is_the_same_to_the_last_bit_in_any_batch(pair: bool) -> None:
 def test_a_text_without_a_token_is_answered(kind: str, pair: bool, tiny_encoder: str) -> None:
     """A tokenizer may leave nothing of a text that is not empty, as of a zero-width space; a generated pair's second text may be empty."""
     torch.manual_seed(0)
-    student = new_student(kind, Annotator.start(tiny_encoder, "", "auto", 2, 0, 16).eval(), [[("a fine film", None)]], 5000, 1, pair)
+    teacher = Annotator.start(tiny_encoder, "", "auto", 2, 0, 16).eval()
+    student = new_student(kind, teacher, count_tokens(teacher.tokenizer, [[("a fine film", None)]]), 5000, 1, pair)
     blank = ("\u200b", "" if pair else None)
     answers, vectors = student.encode([blank])
     assert_close(answers, torch.softmax(student.model.head.bias.detach(), 0)[None])
@@ -219,7 +220,7 @@ def test_it_starts_from_its_teacher(tiny_encoder: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(kinds, "MIN_TOKENS", 4)
     torch.manual_seed(0)
     teacher, chunks = Annotator.start(tiny_encoder, "", "auto", 3, 0, 16).eval(), [[("a a film film", None)], [("a play", None)]]
-    student = new_student("convolution", teacher, chunks, 4000, 1, False)
+    student = new_student("convolution", teacher, count_tokens(teacher.tokenizer, chunks), 4000, 1, False)
     model = student.model
     kept = model.token_map.nonzero()[:, 0].tolist()
     assert model.config.vocabulary == 6 and model.parameter_count <= 4000  # [CLS], [SEP], a, film, play and the unknown token

@@ -103,7 +103,11 @@ def test_answers_depend_on_no_batch_and_survive_the_folder(
 ) -> None:
     texts = PAIRS if pair else TEXTS
     labels = request.getfixturevalue(teacher)
-    made = pretrained_student(tiny_encoder, labels, pair) if kind == "pretrained" else new_student(kind, labels, [texts], 5000, 1, pair)
+    made = (
+        pretrained_student(tiny_encoder, labels, pair)
+        if kind == "pretrained"
+        else new_student(kind, labels, count_tokens(labels.tokenizer, [texts]), 5000, 1, pair)
+    )
     student = randomised(made)
     student.model.train()  # no dropout in answers, whatever went before
     answers, vectors = student.encode(texts)
@@ -127,7 +131,7 @@ def test_answers_depend_on_no_batch_and_survive_the_folder(
 
 
 def test_texts_are_cut_per_text(encoder: Annotator) -> None:
-    student = new_student("static", encoder, [PAIRS], 5000, 1, True)
+    student = new_student("static", encoder, count_tokens(encoder.tokenizer, [PAIRS]), 5000, 1, True)
     student.model.config.max_tokens = 4
     tensors = student.tensors([("a fine film " * 9, "dull"), ("warm", "cold " * 9)])
     assert {n: x.tolist() for n, x in tensors.items() if "mask" in n} == {
@@ -141,7 +145,7 @@ def test_values_are_scaled_back(tiny_encoder: str) -> None:
     teacher = teacher_of(tiny_encoder, outputs=1)
     teacher.shift.fill_(10.0)
     teacher.scale.fill_(0.5)
-    student = new_student("static", teacher, [TEXTS], 5000, 1, False)
+    student = new_student("static", teacher, count_tokens(teacher.tokenizer, [TEXTS]), 5000, 1, False)
     with torch.no_grad():
         student.model.head.weight.zero_()
         student.model.head.bias.fill_(2.0)
@@ -248,7 +252,7 @@ def test_a_static_student_starts_from_its_teacher(encoder: Annotator, monkeypatc
     texts: list[Text] = [("a a a film film play", None), ("a film film [UNK]", None)]
     # Tokens: a 4, film 4, [CLS] 2, [SEP] 2, play 1, [UNK] 1. The budget asks for 4 rows: unknown and the 3 commonest,
     # ties by id: [CLS] (2) comes before [SEP] (3).
-    student = new_student("static", encoder, [texts], 8 * 4 + 4 + 3 * 9, 1, False)
+    student = new_student("static", encoder, count_tokens(encoder.tokenizer, [texts]), 8 * 4 + 4 + 3 * 9, 1, False)
     model, ids = student.model, encoder.tokenizer.convert_tokens_to_ids
     assert (model.config.dim, model.config.vocabulary) == (8, 4)
     kept = sorted([ids("a"), ids("film"), ids("[CLS]")])
@@ -262,7 +266,7 @@ def test_a_static_student_starts_from_its_teacher(encoder: Annotator, monkeypatc
 
 
 def test_a_transformer_student_starts_from_its_teacher(lm: Annotator) -> None:
-    student = new_student("transformer", lm, [TEXTS], 40_000, 2, False)
+    student = new_student("transformer", lm, count_tokens(lm.tokenizer, [TEXTS]), 40_000, 2, False)
     config, counts = student.model.config, count_tokens(lm.tokenizer, [TEXTS])
     # dim = 32 int(sqrt(40000 / 3 / 24) / 32) = 32 * 0, floored at 32.
     assert (config.kind, config.dim, config.layers, config.vocabulary) == ("transformer", 32, 2, len(counts) + 1)
@@ -274,13 +278,13 @@ def test_a_transformer_student_starts_from_its_teacher(lm: Annotator) -> None:
 
 def test_a_transformer_student_grows_with_its_budget(lm: Annotator) -> None:
     # sqrt(400000 / 3 / 24) / 32 = 2.3 heads of 32: dim 64.
-    student = new_student("transformer", lm, [TEXTS], 400_000, 2, False)
+    student = new_student("transformer", lm, count_tokens(lm.tokenizer, [TEXTS]), 400_000, 2, False)
     assert student.model.config.dim == 64 and student.model.backbone.config.num_attention_heads == 2
     assert student.model.parameter_count <= 400_000
 
 
 def test_a_static_student_of_a_pair_task(lm: Annotator) -> None:
-    student = new_student("static", lm, [PAIRS], 3000, 1, True)
+    student = new_student("static", lm, count_tokens(lm.tokenizer, [PAIRS]), 3000, 1, True)
     rows, config = len(count_tokens(lm.tokenizer, [PAIRS])) + 1, student.model.config
     assert config.pair and config.vocabulary == rows
     assert config.dim == int((3000 - rows - 3 * 9) / (rows + 18))  # what the tokens leave over, 3 outputs, six-fold head and eight shares

@@ -76,7 +76,6 @@ def test_rows_of_a_store(store: Folder) -> None:
     assert rows.truth[[0, 3]].tolist() == [0, 1] and math.isnan(rows.truth[1])
     some = rows.take([5, 2, 5])
     assert [t for t, _ in some.texts] == ["text 5", "text 2", "text 5"] and some.teacher[:, 0].tolist() == pytest.approx([0.05, 0.02, 0.05])
-    assert list(rows.chunks()) == [rows.texts]
 
 
 def test_joined_rows(store: Folder) -> None:
@@ -109,8 +108,6 @@ def test_rows_read_as_they_are_asked_for_are_those_in_memory(store: Folder, monk
         index = rng.integers(0, 30, size).tolist()  # in any order, some twice
         same(streamed.take(index), whole.take(index))
         assert len(streamed.kept) <= window
-    chunks = list(streamed.chunks())
-    assert [t for chunk in chunks for t in chunk] == whole.texts and max(map(len, chunks)) <= GROUP
 
 
 def test_groups_are_the_row_groups_that_have_rows(store: Folder) -> None:
@@ -188,6 +185,40 @@ def test_only_groups_of_a_window_are_shuffled_together(monkeypatch: pytest.Monke
     assert len({frozenset(p) for p in drawn_pairs}) > 6  # other neighbours in another epoch
     monkeypatch.setattr(reading, "WINDOW", 64)
     assert any(len({row // 4 for row in Batches(groups(*[4] * 6), 8, 1, 0)[i]}) > 2 for i in range(3))  # a plain shuffle
+
+
+def test_a_batch_is_dealt_out_one_row_after_another_while_all_fit() -> None:
+    batches = Batches(groups(5, 5, 5), 7, 1, 0)
+    assert batches.parts(0, 3) == [batches[0][rank::3] for rank in range(3)]
+    assert batches.parts(2, 4) == [batches[2], [], [], []] and len(batches[2]) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_workers_have_groups_of_their_own_when_there_are_many(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "WINDOW", 4)
+    sizes = [3, 1, 4, 2, 5, 3, 2, 4, 3]
+    group_of = np.repeat(np.arange(9), sizes)
+    batches, owners = Batches(groups(*sizes), 5, 2, 0), [set(), set()]
+    for step in range(len(batches)):
+        parts = batches.parts(step, workers)
+        assert len(parts) == workers and sorted(row for part in parts for row in part) == sorted(batches[step])
+        assert all([row for row in batches[step] if row in part] == part for part in parts)  # in the order of the batch
+        owners[step // batches.per_epoch] |= {(int(group_of[row]), rank) for rank, part in enumerate(parts) for row in part}
+    for found in owners:
+        assert sorted(group for group, _ in found) == list(range(9))  # each has one owner in an epoch
+        counts = np.bincount([rank for _, rank in found], minlength=workers)
+        assert counts.max() - counts.min() <= 1
+
+
+def test_workers_read_a_store_once_between_them(store: Folder, monkeypatch: pytest.MonkeyPatch, read: list[int]) -> None:
+    monkeypatch.setattr(reading, "WINDOW", 3)
+    team = [StoreRows(store, np.arange(COUNT)) for _ in range(2)]
+    batches = team[0].batches(6, 1, 0)
+    for step in range(len(batches)):
+        for rows, part in zip(team, batches.parts(step, 2), strict=True):
+            rows.take(part)
+    assert sorted(set(read)) == [*range(0, 18, 4), *range(18, COUNT, 4)]
+    assert len(read) <= 12 + 2  # a worker without rows in a batch looks at the columns of the first group
 
 
 # held-out rows
