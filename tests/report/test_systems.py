@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,8 @@ def test_a_students_unseen_rows_are_validation_and_what_is_held_out(monkeypatch:
 
     monkeypatch.setattr("retrikt_ray.student.fit.fit", fit)
     monkeypatch.setattr("retrikt_ray.student.fit.untrained", lambda *_: make_student(False, 2, 0))
+    monkeypatch.setattr("retrikt_ray.teacher.annotator.tokenizer_of", lambda _: None)
+    monkeypatch.setattr("retrikt_ray.student.inherit.count_tokens", lambda *_: Counter())
     some = Material({name: run / name for name in ("task", "teacher", "store")}, 5, 1, config=DistillConfig())
     materials.trained(some, some.distill, [3, 1], [8])
     ((texts, unseen, targets, seed),) = found
