@@ -106,18 +106,18 @@ class Knowledge:
     def follow(self) -> None:
         """Swap the view for one of the log as it is now."""
         for attempt in range(TRIES):
+            signature = self.now()
             try:
-                self.signature = self.now()
                 log = read_log(self.places.log) if self.places.log else None
                 if self.base is None or self.base.name != (log and log.base) or (log and log.contents != self.base.contents):
                     self.open_base(log)
                 assert self.base is not None
                 self.view = View.over(self.task, self.base, log, self.places, self.threads, read=self.edits)
                 self.edits = self.view.edits
-                self.current = True
+                self.signature, self.current = signature, True  # last: a thread that finds it asks for no lock, and takes the view as it is
                 return
             except (ArtifactError, FileNotFoundError):  # a file of a state that was replaced while we read it
-                if attempt == TRIES - 1 or self.now() == self.signature:
+                if attempt == TRIES - 1 or self.now() == signature:
                     raise
 
     def open_base(self, log: Log | None) -> None:

@@ -341,6 +341,36 @@ def test_compaction_is_a_fresh_build(tmp_path_factory: pytest.TempPathFactory, s
     shutil.rmtree(root)
 
 
+def test_a_thread_that_looks_while_another_takes_over_waits_for_the_new_view(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an edit would be made on top of a state that is gone, and answered with its version."""
+    knowledge, writer = Knowledge.open(run), Knowledge.open(run)
+    writer.add([{"text": "a zebra film", "label": "negative"}])
+    now, read_log, here = knowledge.now, log.read_log, threading.get_ident()
+    reading, looked = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: knowledge.refresh(at_once=True))
+
+    def slow_log(folder: Folder) -> Any:
+        if threading.current_thread() is other:
+            reading.set()
+            assert looked.wait(10)
+        return read_log(folder)
+
+    def now_as_the_other_reads() -> Any:
+        """This thread looks just when the other has begun to take the edit over."""
+        found = now()
+        if threading.get_ident() == here and not reading.is_set():
+            other.start()
+            assert reading.wait(10)
+            threading.Timer(0.2, looked.set).start()
+        return found
+
+    monkeypatch.setattr("retrikt_ray.knowledge.knowledge.read_log", slow_log)
+    monkeypatch.setattr(knowledge, "now", now_as_the_other_reads)
+    knowledge.refresh(at_once=True)
+    assert knowledge.view.version == writer.view.version == 1
+    other.join()
+
+
 def test_readers_go_on_while_a_base_is_replaced(run: Folder) -> None:
     predictor = Predictor.open(run)
     stop, seen, failed = threading.Event(), set(), []
