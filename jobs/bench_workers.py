@@ -75,7 +75,7 @@ def main() -> None:
         shutil.rmtree(run, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "jobs.bench_scale", "make", str(rows), str(run), *shape], check=True)
     for _, count in product(range(TURNS), (1, 2)):
-        for name in ("store", "rejected", "scratch"):
+        for name in ("store", "rejected"):
             shutil.rmtree(labelled / name, ignore_errors=True)
         seconds, *_ = watched([*command_of("annotate", str(labelled)), f"annotate.workers={count}"], dict(os.environ))
         took.setdefault(f"annotate, {LABELLED:,} rows", {}).setdefault(count, []).append(seconds)

@@ -66,7 +66,7 @@ def token_counts(inputs: dict[str, Folder], scratch: Folder, workers: Workers) -
     if not scratch.exists(COUNTS):
         source, total = Source.of(inputs["store"]), Counter[int]()
         calls = [(inputs["teacher"], source, low, low + COUNT_ROWS) for low in range(0, source.rows, COUNT_ROWS)]
-        several = Workers(max(1, int(workers.count * workers.cpus)), 1, 0) if len(calls) > 1 else None
+        several = Workers(max(1, int(workers.count * workers.cpus)), min(1, workers.cpus), 0) if len(calls) > 1 else None
         for counts in each(count_run, calls, several, "distill: tokens"):
             total.update(counts)
         scratch.write_json(COUNTS, sorted(total.items()))

@@ -94,6 +94,11 @@ class StoreRows:
         cuts = np.searchsorted(self.positions, self.firsts[1:])
         return [part for part in np.split(np.arange(len(self)), cuts) if len(part)]
 
+    @cached_property
+    def nothing(self) -> Rows:
+        """No row, with the columns of all."""
+        return self.read(0).take([])
+
     def read(self, number: int) -> Rows:
         first, count = self.source.groups[number][2:]
         _, table = next(self.source.read(first, first + count, COLUMNS))
@@ -102,8 +107,10 @@ class StoreRows:
     def loaded(self, numbers: Sequence[int]) -> list[Rows]:
         """Some row groups. Those that are not in memory are read side by side: of an object store each takes a few round trips."""
         missing = [n for n in numbers if n not in self.kept]
-        with ThreadPoolExecutor(max(1, len(missing))) as readers:
-            new = dict(zip(missing, readers.map(self.read, missing), strict=True))
+        new = {}
+        if missing:
+            with ThreadPoolExecutor(len(missing)) as readers:
+                new = dict(zip(missing, readers.map(self.read, missing), strict=True))
         found = {n: new[n] if n in new else self.kept.pop(n) for n in numbers}
         self.kept |= found
         while len(self.kept) > WINDOW:
@@ -112,7 +119,7 @@ class StoreRows:
 
     def take(self, index: list[int]) -> Rows:
         if not index:
-            return self.loaded([0])[0].take([])
+            return self.nothing
         positions = self.positions[index]
         numbers = np.searchsorted(self.firsts, positions, side="right") - 1
         order = np.argsort(numbers, kind="stable")
