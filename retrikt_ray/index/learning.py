@@ -155,5 +155,5 @@ def moved(memory: Memory, texts: list[Text], new: bool, by: Callable[[Any, np.nd
         fresh, idf = known[places < 0], np.log((1 + memory.rows) / (1 + frequency[places < 0])).clip(0) + 1
         touched = merged([touched, Memory.of(fresh, idf, np.zeros((len(fresh), len(memory.bias))), memory.bias, memory.rows)])
     features = features_of(touched, keys, rows, len(texts))
-    more = np.asarray(by(features, touched.logits_of(keys, rows, len(texts))[0]))
+    more = np.asarray(by(features, touched.logits(texts)[0]))
     return memory.changed(touched.keys, touched.idf, more * touched.idf[:, None] / 4)

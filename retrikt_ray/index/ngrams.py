@@ -11,14 +11,17 @@ pages that hold its n-grams. No n-gram is kept as text; what spoke for an answer
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from retrikt_ray.index.compiled import compiled
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.metrics import answers_of
@@ -31,6 +34,7 @@ MARKED = re.compile(rf"{WORD}|[^\w\s]")  # words and marks
 BETWEEN = "\x1f"  # stands between the texts of a pair
 SHARES = 10  # steps in which the share of a text is told that its other text has, too
 SMALLEST = 1 / 64  # weights below this share of their n-gram's largest are left out
+FACTOR, LAST_FACTOR = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64
 STEPS = 127  # of a quantised weight, to either side
 
 
@@ -73,8 +77,8 @@ def word_key(word: str) -> int:
 
 def pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Keys of word pairs from those of their words, uint64 (n,). The order counts (splitmix64's last steps)."""
-    mixed = first * np.uint64(0x9E3779B97F4A7C15) + second
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = first * FACTOR + second
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * LAST_FACTOR
     return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
@@ -103,6 +107,42 @@ def named(text: Text) -> dict[int, str]:
     return shown | {word_key(w): read for w, read in compared(text).items()}
 
 
+def hashed(found: Sequence[Collection[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of the words of one text after another, and where those of each text end, (Q,)."""
+    return np.array([word_key(w) for some in found for w in some], np.uint64), np.array([*accumulate(map(len, found))], np.int64)
+
+
+@compiled
+def add(
+    words: Any, ends: Any, more: Any, more_ends: Any, keys: Any, starts: Any, classes: Any, steps: Any, scales: Any, sums: Any, found: Any
+) -> None:
+    """Add what a table says of the n-grams of Q texts to `sums` (Q, C), and how many it knows to `found` (Q,).
+
+    words, more: keys as `hashed` has those of `words_of` and of `compared`; each n-gram counts once, in the order of the keys.
+    """
+    low = more_low = 0
+    for q in range(len(ends)):
+        count = ends[q] - low
+        pairs = max(0, count - 1)
+        own = np.empty(count + pairs + more_ends[q] - more_low, np.uint64)
+        own[:count] = words[low : ends[q]]
+        for i in range(pairs):
+            mixed = own[i] * FACTOR + own[i + 1]
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * LAST_FACTOR
+            own[count + i] = mixed ^ (mixed >> np.uint64(31))
+        own[count + pairs :] = more[more_low : more_ends[q]]
+        own.sort()
+        for i in range(len(own)):
+            if i and own[i] == own[i - 1]:
+                continue
+            at = np.searchsorted(keys, own[i])
+            if at < len(keys) and keys[at] == own[i]:
+                found[q] += 1
+                for entry in range(starts[at], starts[at + 1]):
+                    sums[q, classes[entry]] += steps[entry] * np.float64(scales[at])
+        low, more_low = ends[q], more_ends[q]
+
+
 @dataclass(frozen=True)
 class Memory:
     """A table of n-grams. Entries starts[i] .. starts[i + 1] - 1 are those of n-gram i."""
@@ -115,6 +155,12 @@ class Memory:
     steps: np.ndarray  # (E,) int8
     bias: np.ndarray  # (C,) float64
     rows: int  # that it was learnt from
+
+    def __post_init__(self) -> None:
+        for name in ARRAYS:  # none is written to, whether mapped or made here: the compiled loop has one kind of table
+            array = getattr(self, name).view()
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
 
     @staticmethod
     def of(keys: np.ndarray, idf: np.ndarray, weights: np.ndarray, bias: np.ndarray, rows: int) -> Memory:
@@ -160,19 +206,12 @@ class Memory:
         out[which, classes] = weights
         return out
 
-    def logits_of(self, keys: np.ndarray, rows: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of so many texts, as `keys_of` has their n-grams: (Q, C) log-odds, or values; and how many known n-grams each text has, (Q,)."""
-        places = self.find(keys)
-        known = places >= 0
-        rows, classes = rows[known], len(self.bias)
-        found = np.bincount(rows, minlength=count)
-        which, column, weights = self.entries(places[known])
-        sums = np.bincount(rows[which] * classes + column, weights, count * classes).reshape(count, classes)
-        return self.bias + sums / np.sqrt(np.maximum(found, 1))[:, None], found
-
     def logits(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
-        """As `logits_of`."""
-        return self.logits_of(*keys_of(texts), len(texts))
+        """Of Q texts: (Q, C) log-odds, or values; and how many n-grams of each the table knows, (Q,)."""
+        sums, found = np.zeros((len(texts), len(self.bias))), np.zeros(len(texts), np.int64)
+        asked = *hashed(list(map(words_of, texts))), *hashed(list(map(compared, texts)))
+        add(*asked, self.keys, self.starts, self.classes, self.steps, self.scales, sums, found)
+        return self.bias + sums / np.sqrt(np.maximum(found, 1))[:, None], found
 
     def answers(self, texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
         """(Q, C) probabilities, or values; and 1 for a text with a known n-gram, else 0, (Q, 1)."""

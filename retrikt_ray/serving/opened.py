@@ -114,9 +114,12 @@ class Opened:
         out: list[Any] = []
         low = 0
         for job in jobs:
-            part = every.part(low, low + len(job.texts))
-            low += len(job.texts)
-            out += self.explanations(part) if job.kind == "explain" else [self.scores(answer, *job.asked) for answer in part.answers]
+            high = low + len(job.texts)
+            if job.kind == "explain":
+                out += self.explanations(every.part(low, high))
+            else:
+                out += [self.scores(answer, *job.asked) for answer in every.answers[low:high]]
+            low = high
         return out
 
     def count_decisions(self, every: Prediction) -> None:

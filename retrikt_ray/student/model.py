@@ -86,7 +86,8 @@ class Student:
 
         clock: called with the name of each phase when it has ended.
         """
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         answers, vectors = [], []
         for start in range(0, len(texts), batch):
             tensors = self.tensors(texts[start : start + batch])

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrikt_ray.index import compiled as compiling
 from retrikt_ray.index.build import count_words, edges
 from retrikt_ray.index.words import kernels, lexical
 from retrikt_ray.index.words.lexical import Lexical
@@ -176,8 +177,8 @@ def test_compiled_code_needs_no_folder_to_write_to(monkeypatch: pytest.MonkeyPat
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels.compiled(len) is len
+    monkeypatch.setattr(compiling, "njit", njit)
+    assert compiling.compiled(len) is len
 
 
 def test_edits_score_as_an_index_made_anew() -> None:

@@ -290,6 +290,32 @@ def test_an_answer_depends_on_no_other_text(classes: int) -> None:
         assert answers.tolist() == together[order].tolist() and flags.tolist() == found[order].tolist()
 
 
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_the_compiled_loop_adds_up_what_the_table_says_of_each_texts_n_grams(classes: int) -> None:
+    """To the last bit: in the order of the keys, each once."""
+    rng = np.random.default_rng(classes)
+    words = [f"w{i}" for i in range(12)]
+    texts = [(" ".join(rng.choice(words, n)), " ".join(rng.choice(words, 5)) if n % 2 else None) for n in (9, 1, 0, 40, 3)]
+    keys = np.unique(keys_of(texts)[0])[::2]
+    memory = Memory.of(keys, np.ones(len(keys)), rng.normal(size=(len(keys), classes)), rng.normal(size=classes), 1)
+    logits, found = memory.logits(texts)
+    for text, got, known in zip(texts, logits, found, strict=True):
+        places = memory.find(keys_of([text])[0])
+        want = np.zeros(classes)
+        for weights in memory.dense(places[places >= 0]):
+            want += weights
+        assert known == (places >= 0).sum() and got.tolist() == (memory.bias + want / np.sqrt(max(1, known))).tolist()
+    assert found.max() > 10 and found[2] == 0
+
+
+def test_a_table_is_not_written_to() -> None:
+    bias = np.zeros(2)
+    made = Memory.of(np.array([3], np.uint64), np.ones(1), np.ones((1, 2)), bias, 1)
+    with pytest.raises(ValueError, match="read-only"):
+        made.bias[0] = 1.0
+    bias[0] = 1.0  # what was given stays its owner's to write to
+
+
 def test_spoken(opinions: Memory) -> None:
     """Of (0, w) a class is w / 2 from the mean; `film` says nothing, `so` is not known."""
     spoken = opinions.spoken(("So NOT good film", None), 1, 8)

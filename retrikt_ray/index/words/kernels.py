@@ -1,24 +1,15 @@
-"""The loops of the word search over single postings, compiled by Numba. They hold no lock of Python's while they run."""
+"""The loops of the word search over single postings, compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from retrikt_ray.index.compiled import compiled
 from retrikt_ray.index.words.postings import K1, B
 
 SCALE, BASE, SLOPE = np.float32(K1), np.float32(1 - B), np.float32(B)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Kept on the disk for the next process, where Numba finds a folder to write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
 
 
 @compiled
