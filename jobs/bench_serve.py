@@ -2,9 +2,9 @@
 
     python -m jobs.bench_serve runs/quickstart
 
-Servers, loaded in turn from another process in each of five rounds; medians are told. `retrikt serve`, and with two replicas; a bare Serve ingress
-with the same settings, whose answer is a constant of the same size; that constant behind our routes, keys, limits and counting, which is the
-part that is not the answer; and the same routes and predictor in plain uvicorn, without Ray.
+Each server is started anew in each of five rounds, alone on the machine, and loaded from another process; medians are told. `retrikt serve`, and
+with two replicas; a bare Serve ingress with the same settings, whose answer is a constant of the same size; that constant behind our routes,
+keys, limits and counting, which is the part that is not the answer; and the same routes and predictor in plain uvicorn, without Ray.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 3.0, 2.0, 32
+ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 6.0, 3.0, 32
 SYSTEMS = ("retrikt", "two replicas", "bare", "routes", "uvicorn")
 
 
@@ -79,17 +79,17 @@ def routes(run: str, port: int, size: int) -> None:
 
         from retrikt_ray.serving.api.routes import build_api
         from retrikt_ray.serving.args import ServeArgs
+        from retrikt_ray.serving.job import Answers, Job
         from retrikt_ray.serving.metrics import Metrics
-        from retrikt_ray.serving.opened import Answers, Job
         from retrikt_ray.serving.replica import Endpoint
 
         class Constant(Endpoint):
             def __init__(self) -> None:
                 self.args, self.metrics, self.active = ServeArgs(run=run, open="write"), Metrics(), 0
-                self.opened: Any = SimpleNamespace(predictor=SimpleNamespace(task=SimpleNamespace(pair=False)))
+                self.opened: Any = SimpleNamespace(facts=SimpleNamespace(pair=False))
 
             async def ask(self, job: Job) -> Answers:
-                return Answers(["x" * (size - 2)] * len(job.texts), "x.0")
+                return Answers([f'"{"x" * (size - 2)}"'] * len(job.texts), "x.0")
 
             def __serve_build_asgi_app__(self) -> Any:
                 return build_api(self, echo=False)
@@ -215,17 +215,16 @@ def main(run: str) -> None:
     predictor = Predictor.open(run)
     found = predictor.predict("a text").view.task.labels
     size = len(json.dumps([{"label": label, "score": 0.12345678901234567} for label in found] or [0]))
-    rows, ports = predictor.knowledge.count, {system: free_port() for system in SYSTEMS}
+    rows = predictor.knowledge.count
     qps: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     p50: dict[str, list[float]] = {system: [] for system in SYSTEMS}
-    with ExitStack() as stack:
+    for _ in range(ROUNDS):
         for system in SYSTEMS:
-            stack.enter_context(running(system, run, ports[system], size))
-            apart(ports[system], run, CONNECTIONS, WARM_S)
-        for _ in range(ROUNDS):
-            for system in SYSTEMS:
-                qps[system].append(len(apart(ports[system], run, CONNECTIONS, SECONDS)) / SECONDS)
-                p50[system].append(1000 * statistics.median(apart(ports[system], run, 1, SECONDS / 2)))
+            port = free_port()
+            with running(system, run, port, size):
+                apart(port, run, CONNECTIONS, WARM_S)
+                qps[system].append(len(apart(port, run, CONNECTIONS, SECONDS)) / SECONDS)
+                p50[system].append(1000 * statistics.median(apart(port, run, 1, SECONDS / 2)))
     print(
         f"{rows:,} rows, {os.cpu_count()} CPUs, load of {os.getloadavg()[0]:.1f} at the end; medians of {ROUNDS}, lowest and highest in brackets"
     )

@@ -191,7 +191,8 @@ class Predictor:
         clock("ngrams")
         voices = voices_of(votes_of(dense), votes_of(lexical), ngrams, m)
         mixed, told = mix(answers, voices, m), view.told_of(texts)
-        mixed[told >= 0] = view.labels_of(told[told >= 0])  # what a person has said of a text is not outvoted
+        if (told >= 0).any():  # what a person has said of a text is not outvoted
+            mixed[told >= 0] = view.labels_of(told[told >= 0])
         clock("mix")
         return Prediction(texts, mixed, answers, dense, lexical, voices, view, m, told)
 

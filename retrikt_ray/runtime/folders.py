@@ -103,8 +103,11 @@ class Folder:
 
     def signature(self, name: str) -> list[Any] | None:
         """Changes whenever the file is replaced; None where it is not there."""
-        fs, path = self.place(name)
         try:
+            if self.is_local:  # it is asked before every batch of answers
+                found = os.stat(os.path.join(self.uri, name))
+                return [found.st_mtime_ns, found.st_ino, found.st_size]
+            fs, path = self.place(name)
             info = fs.info(path)
         except FileNotFoundError:
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
+import threading
 from typing import Any
 
 from retrikt_ray.runtime.artifacts import check
@@ -13,9 +15,11 @@ from retrikt_ray.serving.api.guard import Keys
 from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import parse_args, parse_swap
 from retrikt_ray.serving.held import several
+from retrikt_ray.serving.process import Process
 from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.serving.shards import ShardGroup
 
+LINGER_S = 0.1
 PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries; a row's text, id and labels in memory
 
 
@@ -78,7 +82,8 @@ class Served(Endpoint):
     def __init__(self, args: dict[str, Any], groups: list[Any]) -> None:
         for group in groups:
             group._init(_run_router_in_separate_loop=True)  # it is asked from threads, in Serve's throughput mode, too
-        super().__init__(args, groups)
+        # Handles of Serve are for its own processes: with groups of shards, all is one process.
+        super().__init__(args, groups, process=None if groups else Process(gone=leave))
         if self.args.runs:
             self.hold = several(self, Folder.at(self.args.runs))
 
@@ -102,6 +107,13 @@ class Served(Endpoint):
     def __serve_build_asgi_app__(self) -> Any:
         stay_on_loopback()
         return build_api(self, echo=False)
+
+
+def leave() -> None:
+    """End this replica, for which nothing answers any more, once its clients have been told so. Serve starts another one."""
+    end = threading.Timer(LINGER_S, os._exit, [1])
+    end.daemon = True
+    end.start()
 
 
 class ServedShards(ShardGroup):

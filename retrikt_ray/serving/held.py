@@ -31,7 +31,7 @@ class Held:
     def __init__(self, run: Folder, name: str, own: Endpoint) -> None:
         """Raises ArtifactError and ConfigError as Predictor does."""
         args = own.args.model_copy(update={"run": run.uri, "runs": None, "shard_groups": 0})
-        self.endpoint = Endpoint(args.model_dump(), metrics=copy(own.metrics).of(name))
+        self.endpoint = Endpoint(args.model_dump(), metrics=copy(own.metrics).of(name), process=own.process)
         self.app, self.asked, self.deadline_s = routes_of(self.endpoint), 0, own.args.deadline_s
         self.closing = threading.Lock()  # taken by the first that does
 

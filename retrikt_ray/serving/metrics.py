@@ -16,10 +16,11 @@ if os.environ.get(FOLDER):  # before the import: it decides then how figures are
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest  # noqa: E402
 from prometheus_client.multiprocess import MultiProcessCollector  # noqa: E402
 
+from retrikt_ray.serving.job import UNKNOWN, Counted  # noqa: E402
+
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 PHASES = ("queue", "tokenise", "student", "dense", "lexical", "ngrams", "mix", "write")
-UNKNOWN = 0.5  # cosine to the nearest row below which a text is like nothing in the store
 
 
 class Metrics:
@@ -68,6 +69,22 @@ class Metrics:
         """These figures, told of this run where they are of one; empty: the server's own."""
         self.version, self.rows, self.refused = (self.by_run[name].labels(run) for name in ("version", "rows", "refused"))
         return self
+
+    def count(self, of: Counted) -> None:
+        """A batch was answered."""
+        self.batches.observe(of.requests)
+        for phase, seconds in of.phases:
+            self.phase[phase].observe(seconds)
+        self.texts.inc(of.texts)
+        self.version.set(of.version)
+        self.rows.set(of.rows)
+        if of.searched:
+            self.searched.inc(of.searched)
+            self.unlike.inc(of.unlike)
+        if of.sampled:
+            self.sampled.inc(of.sampled)
+            for voice, texts in of.decided.items():
+                self.decided.labels(voice).inc(texts)
 
     def swapped(self, release: str) -> None:
         """A run was taken over."""

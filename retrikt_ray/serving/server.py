@@ -103,6 +103,7 @@ def environment(home: Path, address: Any, deadline_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, max(1, (os.cpu_count() or 1) // 4))),  # Ray's four take turns on two CPUs
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # ours are of the same requests
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # HAProxy would end the client's connection without a word
         "RAY_SERVE_HAPROXY_RETRIES": "2",  # what kills replicas shall not go round

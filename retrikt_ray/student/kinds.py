@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, normalize, pad
@@ -60,9 +62,12 @@ def tokenized(tokenizer: Any, first: list[str], second: list[str] | None, max_to
     core.enable_truncation(max_tokens)
     texts: list[Any] = first if second is None else list(zip(first, second, strict=True))
     found = [encoding.ids for encoding in core.encode_batch_fast(texts, add_special_tokens=special)]
-    longest = max(1, *map(len, found))  # texts without a token, "\u200b" to some tokenizers, get one that does not count
-    ids = torch.tensor([some + [tokenizer.pad_token_id] * (longest - len(some)) for some in found])
-    return ids, (torch.arange(longest) < torch.tensor([len(some) for some in found])[:, None]).long()
+    lengths = np.array([len(some) for some in found])
+    longest = max(1, int(lengths.max()))  # texts without a token, "\u200b" to some tokenizers, get one that does not count
+    mask = np.arange(longest) < lengths[:, None]
+    ids = np.full(mask.shape, tokenizer.pad_token_id)
+    ids[mask] = list(chain.from_iterable(found))
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 class Static:
@@ -109,7 +114,13 @@ class Static:
             unit = normalize(model.embedding(rows), dim=-1) * GRID
         else:
             unit = self.derived("unit", (model.embedding.weight,), units)[rows]
-        return Side(ids, rows, mask, unit, torch.exp(model.importance(rows)[..., 0]) * mask)
+        return Side(ids, rows, mask, unit, self.weights(model, rows) * mask)
+
+    def weights(self, model: Any, rows: Tensor) -> Tensor:
+        """Importance of tokens, exp of a learned number. rows: of the student's table, of any shape, as what is returned"""
+        if model.training:
+            return torch.exp(model.importance(rows)[..., 0])
+        return self.derived("weights", (model.importance.weight,), torch.exp)[rows, 0]
 
     def derived(self, name: str, weights: tuple[Tensor, ...], made: Callable[..., Tensor]) -> Tensor:
         """A table that is made of weights, `made(*weights)`, once for as long as these stay as they are."""
@@ -122,14 +133,13 @@ class Static:
         """The vector of one text. ids: rows of the student's table, (B, T) -> (B, dim)"""
         return self.average(model, ids, mask)
 
-    @staticmethod
-    def average(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """Importance-weighted mean of token embeddings; importance is exp of a learned number. (B, T) -> (B, dim)
+    def average(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Importance-weighted mean of token embeddings. (B, T) -> (B, dim)
 
         Summed token by token, so that a text's vector is the same to the last bit whatever it is padded to: an index that is built anew, with
         other texts side by side, must be the same index.
         """
-        weights = torch.exp(model.importance(ids)[..., 0]) * mask
+        weights = self.weights(model, ids) * mask
         total = torch.cumsum(weights, 1)[:, -1:].clamp(min=1e-6)
         return embedding_bag(ids, model.embedding.weight, per_sample_weights=weights, mode="sum") / total
 
@@ -185,28 +195,34 @@ class Convolution(Static):
     def one(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean and maxima of one text. ids: rows of the student's table, (B, T) -> (B, dim + FILTERS)"""
         found = (self.over_windows if model.training else self.over_table)(model, ids, mask)
-        return torch.cat([self.average(model, ids, mask), found.masked_fill(mask[..., None] == 0, 0.0).amax(1)], -1)
+        best = found.masked_fill(mask[..., None] == 0, -math.inf).amax(1)
+        if not model.training:
+            best = best + model.filters.bias
+        return torch.cat([self.average(model, ids, mask), torch.relu(best)], -1)
 
     def over_windows(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         """The filters at each token, a token outside the text being zero. (B, T) -> (B, T, FILTERS)"""
         tokens = pad(model.embedding(ids) * mask[..., None], (0, 0, 1, 1))
-        return torch.relu(model.filters(torch.cat([tokens[:, i : i + ids.shape[1]] for i in range(self.SPAN)], -1)))
+        return torch.as_tensor(model.filters(torch.cat([tokens[:, i : i + ids.shape[1]] for i in range(self.SPAN)], -1)))
 
     def over_table(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-        """The same without a product: what each token adds at each place of a filter is looked up.
+        """The same without a product, and without the bias: what each token adds at each place of a filter is looked up.
 
         Sums of three numbers, so that a text's vector is the same to the last bit in any batch (see `Static.average`).
         """
         table, outside = self.table(model), len(model.embedding.weight)
-        places = pad(ids.masked_fill(mask == 0, outside), (1, 1), value=outside)
-        return torch.relu(sum(table[i][places[:, i : i + ids.shape[1]]] for i in range(self.SPAN)) + model.filters.bias)
+        places = pad(ids.masked_fill(mask == 0, outside), (1, 1), value=outside).unfold(1, self.SPAN, 1)
+        rows = places + torch.arange(self.SPAN, device=ids.device) * (outside + 1)
+        return embedding_bag(rows.reshape(-1, self.SPAN), table, mode="sum").view(*ids.shape, -1)
 
     def table(self, model: Any) -> Tensor:
-        """What each token adds to each filter, by its place in the window; the last row, of zeros, is for what lies outside. (SPAN, V + 1, FILTERS)"""
+        """What each token adds to each filter, one place in the window after the other; the last row of each place, of zeros, is for what lies
+        outside. (SPAN (V + 1), FILTERS)"""
         return self.derived("table", (model.embedding.weight, model.filters.weight), self.by_place)
 
     def by_place(self, tokens: Tensor, filters: Tensor) -> Tensor:
-        return pad(tokens @ filters.view(self.FILTERS, self.SPAN, -1).permute(1, 2, 0), (0, 0, 0, 1))
+        found = tokens @ filters.view(self.FILTERS, self.SPAN, -1).permute(1, 2, 0)
+        return pad(found, (0, 0, 0, 1)).reshape(-1, self.FILTERS)
 
     @classmethod
     def beside_tokens(cls, dim: int, outputs: int, pair: bool) -> int:

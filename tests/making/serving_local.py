@@ -63,7 +63,7 @@ class Replica(Local):
 
     @property
     def predictor(self) -> Predictor:
-        return self.endpoint.predictor
+        return self.endpoint.opened.predictor  # type: ignore[union-attr]
 
 
 async def only_serve(name: str) -> ASGIApp:

@@ -10,8 +10,9 @@ import numpy as np
 
 from making.tiny_run import LABELS
 from retrikt_ray.serving.args import ServeArgs
+from retrikt_ray.serving.job import Answers, Facts, Job, as_json
 from retrikt_ray.serving.metrics import Metrics
-from retrikt_ray.serving.opened import Answers, Job, Opened
+from retrikt_ray.serving.opened import Opened
 from retrikt_ray.serving.replica import Endpoint
 
 ANSWER = [{"label": "positive", "score": 0.75}, {"label": "negative", "score": 0.25}]  # of a Stub to every text
@@ -25,7 +26,8 @@ class Stub(Endpoint):
         self.args, self.active = ServeArgs(run="x", **{"open": "write", **args}), 0
         self.metrics = Metrics()
         self.opened: Any = Opened.__new__(Opened)
-        self.opened.predictor = SimpleNamespace(task=SimpleNamespace(pair=pair, labels=LABELS))
+        self.opened.predictor, self.process = SimpleNamespace(task=SimpleNamespace(labels=LABELS)), None
+        self.opened.facts = Facts("0123456789ab", pair, "classification", "x", [])
         self.batcher: Any = SimpleNamespace(ask=self.told)
         self.seen: list[Any] = []  # texts that passed the checks
         self.open = asyncio.Event()
@@ -35,7 +37,7 @@ class Stub(Endpoint):
         self.seen += job.texts
         await self.open.wait()
         answer = np.array([0.25, 0.75])
-        return Answers([self.one(job, text, answer) for text, _ in job.texts], "0123456789ab.7")
+        return Answers([as_json(self.one(job, text, answer)) for text, _ in job.texts], "0123456789ab.7")
 
     def one(self, job: Job, text: str, answer: np.ndarray) -> Any:
         if job.kind == "retrieve":

@@ -304,7 +304,7 @@ def test_a_replica_is_well_while_it_answers(run: str) -> None:
         one.loop.run(one.endpoint.answers())
         assert one.endpoint.metrics.unlike._value.get() == unlike  # the question is no drift
         free = threading.Event()
-        one.endpoint.opened.worker.submit(free.wait)
+        one.endpoint.opened.worker.submit(free.wait)  # type: ignore[union-attr]
         try:
             with pytest.raises(TimeoutError):
                 one.loop.run(one.endpoint.answers())
@@ -316,7 +316,7 @@ def test_a_replica_is_well_while_it_answers(run: str) -> None:
 def test_a_damaged_run_is_not_the_replicas_fault(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     with replica(str(folder)) as one:
-        one.endpoint.predictor.knowledge.add({"text": "one more", "label": "negative"})
+        one.predictor.knowledge.add({"text": "one more", "label": "negative"})
         path = tmp_path / "run" / "knowledge" / "manifest.json"
         path.write_bytes(path.read_bytes()[:-3] + b"???")
         assert one.post("predict", {"inputs": "a film"}).status_code >= 500

@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from retrikt_ray.serving.server import free_port
 
 ROOT = Path(__file__).parents[2]
 READ, WRITE = "read-key-of-20-chars", "write-key-of-20-chars"
-pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -38,6 +38,12 @@ class Server:
 
     def replicas(self) -> list[psutil.Process]:
         return [p for p in self.process.children(recursive=True) if " ".join(p.cmdline()).startswith("ray::ServeReplica")]
+
+
+def answering(replica: psutil.Process) -> psutil.Process:
+    """The process beside a replica that answers for it."""
+    (found,) = (p for p in replica.children() if "retrikt_ray.serving.process" in p.cmdline())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +86,32 @@ def test_an_edit_is_there_on_every_replica_at_once_and_all_are_counted(server: S
         assert {a.headers["x-knowledge-version"] for a in answers} == {f"{release}.{version}"}
         assert {a.json()[0]["id"] == "new" for a in answers} == {bool(version % 2)}
     assert len(server.replicas()) == 2
-    cpu = [sum(p.cpu_times()[:2]) for p in server.replicas()]
+    cpu = [sum(p.cpu_times()[:2]) for p in map(answering, server.replicas())]
     assert min(cpu) > 0
     counted = 'retrikt_requests_total{route="POST /retrieve",status="200"} 60.0'
     assert all(counted in server.ask("GET", "/metrics").text for _ in range(6))  # whichever is asked answers for both
 
 
-def test_a_killed_replica_fails_no_request_but_with_503(server: Server) -> None:
+@pytest.mark.parametrize("what", ["replica", "process"])
+def test_what_is_killed_fails_no_request_but_with_503(server: Server, what: str) -> None:
+    """The replica, and the process that answers for it: the one ends with the other."""
+    until(lambda: len(server.replicas()) == 2 and all(p.children() for p in server.replicas()))
     victim = server.replicas()[0]
+    process = answering(victim)
     found = []
     for i in range(150):
         if i == 20:
-            victim.kill()
+            (victim if what == "replica" else process).kill()
         answer = server.ask("POST", "/predict", json={"inputs": "a film"})
         found.append(answer.status_code)
         if answer.status_code == 503:
             assert answer.headers["retry-after"] == "1" and answer.json()["code"] == "overloaded"
     assert set(found) <= {200, 503} and found.count(200) > 120
+    until(lambda: not {victim.pid, process.pid} & {p.pid for p in server.process.children(recursive=True)})
+
+
+def until(done: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.1)

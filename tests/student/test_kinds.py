@@ -117,7 +117,8 @@ def random_texts(count: int, pair: bool = False) -> list[Text]:
 def both_ways(model: StudentModel, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The filters by product and by table, of the tokens that count."""
     with torch.no_grad():
-        return tuple(way(model, ids, mask) * mask[..., None] for way in (model.kind.over_windows, model.kind.over_table))  # type: ignore[return-value]
+        product, table = model.kind.over_windows(model, ids, mask), model.kind.over_table(model, ids, mask) + model.filters.bias
+        return product * mask[..., None], table * mask[..., None]
 
 
 def test_the_table_gives_what_the_product_gives() -> None:

@@ -41,13 +41,15 @@ def hand_model(pair: bool = False, outputs: int = 2) -> StudentModel:
 
 
 def test_average_is_weighted_by_importance_and_mask() -> None:
-    got = Static.average(hand_model(), torch.tensor([[1, 2, 0], [2, 2, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    model = hand_model()
+    got = model.kind.average(model, torch.tensor([[1, 2, 0], [2, 2, 0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
     # (1 (4, 0) + 3 (0, -4)) / 4, and row 2 alone
     assert_close(got, torch.tensor([[1.0, -3.0], [0.0, -4.0]]), rtol=0, atol=1e-6)
 
 
 def test_average_of_nothing_is_zero() -> None:
-    assert Static.average(hand_model(), torch.tensor([[1, 2]]), torch.tensor([[0, 0]])).tolist() == [[0.0, 0.0]]
+    model = hand_model()
+    assert model.kind.average(model, torch.tensor([[1, 2]]), torch.tensor([[0, 0]])).tolist() == [[0.0, 0.0]]
 
 
 def test_tokens_are_mapped_and_the_head_reads_the_vector() -> None:

@@ -1,30 +1,29 @@
 """Knowledge over HTTP: rows are listed, put, deleted, and edits tried out. The log is the one that the command line writes.
 
-A replica edits in a thread of its own, under the lock that keeps all writers of a run apart; it sees the result at once, the others with
-their next request. An edit may say which version it was made for (`If-Match`), and is refused where the knowledge has gone on since.
+A replica edits in a thread of its own, under the lock that keeps all writers of a run apart; all see the result with their next
+request. An edit may say which version it was made for (`If-Match`), and is refused where the knowledge has gone on since.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from retrikt_ray.knowledge.edit import Change, UnknownRow
-from retrikt_ray.knowledge.knowledge import Knowledge, VersionError
-from retrikt_ray.predictor import Prediction
+from retrikt_ray.knowledge.knowledge import VersionError
 from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
 from retrikt_ray.serving.api.reading import Refusal
-from retrikt_ray.serving.opened import Opened, record
+from retrikt_ray.serving.process import Away
 from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.task.texts import Text, TextError, short
 
+if TYPE_CHECKING:
+    from retrikt_ray.serving.opened import Opened
+
 MOST_EDITS = 32  # that wait in a replica
 MOST_LISTED = 200
-SAME_VALUE = 1e-6  # values of a regression that differ by less are the same
 QUERY: dict[str, tuple[dict[str, Any], str]] = {  # of GET /knowledge
     "q": ({"type": "string"}, "Only rows that hold these words, whatever their case."),
     "label": ({"type": "string"}, "Only rows that the teacher gives this label."),
@@ -45,23 +44,23 @@ def expected_version(header: str | None) -> str | None:
     return found[1]
 
 
-def number_of(opened: Opened, version: str | None) -> int | None:
+def number_of(opened: Opened | Away, version: str | None) -> int | None:
     """The edits of a version, which has to be one of this run. Raises Refusal 412."""
     if version is None:
         return None
     release, _, number = version.partition(".")
-    if release != opened.predictor.release:
+    if release != opened.facts.release:
         raise Refusal(412, "the edit was made for another run than the one that answers", "the version that GET /knowledge tells")
     return int(number)
 
 
-async def edited(endpoint: Endpoint, opened: Opened, work: Callable[[], Any]) -> Any:
-    """Do something to the knowledge in the replica's editing thread, with errors that a user can cause as refusals."""
+async def edited(endpoint: Endpoint, opened: Opened | Away, name: str, *args: Any) -> Any:
+    """What the editing thread of a run does, with errors that a user can cause as refusals."""
     if endpoint.editing >= MOST_EDITS:
         raise Refusal(503, f"{endpoint.editing} edits are waiting already", "the same request a second later", {"Retry-After": "1"})
     endpoint.editing += 1
     try:
-        return await endpoint.apart(endpoint.editor, work)
+        return await endpoint.asked(opened, name, *args)
     except VersionError as error:
         raise Refusal(412, str(error), "the version that GET /knowledge tells, and a look at what has changed") from None
     except UnknownRow as error:
@@ -79,30 +78,30 @@ async def edited(endpoint: Endpoint, opened: Opened, work: Callable[[], Any]) ->
         endpoint.editing -= 1
 
 
-def plain(opened: Opened, error: Exception) -> str:
+def plain(opened: Opened | Away, error: Exception) -> str:
     """A message without the place of the run, which is nobody's business."""
-    return str(error).replace(str(opened.predictor.knowledge.places.run), "the run")
+    return str(error).replace(opened.facts.place, "the run")
 
 
 async def put(endpoint: Endpoint, rows: list[Any], version: str | None) -> dict[str, Any]:
     """Add rows, or put them in place of those that have their ids."""
     limit(endpoint, rows, "rows")
-    return await changed(endpoint, "put", version, lambda knowledge, number: knowledge.put(rows, number))
+    return await changed(endpoint, "put", version, rows)
 
 
 async def delete(endpoint: Endpoint, ids: list[str], version: str | None) -> dict[str, Any]:
     """Delete rows, all or none."""
     limit(endpoint, ids, "ids")
-    return await changed(endpoint, "delete", version, lambda knowledge, number: knowledge.delete(ids, number))
+    return await changed(endpoint, "delete", version, ids)
 
 
-async def changed(endpoint: Endpoint, kind: str, version: str | None, work: Callable[[Knowledge, int | None], Change]) -> dict[str, Any]:
-    """What an edit did. version: that it was made for; kind: as it is counted."""
+async def changed(endpoint: Endpoint, kind: str, version: str | None, what: list[Any]) -> dict[str, Any]:
+    """What an edit did. kind: put | delete; version: that it was made for."""
     opened = endpoint.opened
     number = number_of(opened, version)
-    change: Change = await edited(endpoint, opened, lambda: work(opened.predictor.knowledge, number))
+    change: Change = await edited(endpoint, opened, kind, what, number)
     endpoint.metrics.edits.labels(kind).inc()
-    return {"version": f"{opened.predictor.release}.{change.version}", "ids": change.ids, "before": change.before}
+    return {"version": f"{opened.facts.release}.{change.version}", "ids": change.ids, "before": change.before}
 
 
 async def preview(endpoint: Endpoint, rows: list[Any], ids: list[str], texts: list[Text]) -> dict[str, Any]:
@@ -110,26 +109,10 @@ async def preview(endpoint: Endpoint, rows: list[Any], ids: list[str], texts: li
     limit(endpoint, rows, "rows")
     limit(endpoint, ids, "ids")
     opened = endpoint.opened
-    now, then = await edited(endpoint, opened, lambda: opened.predictor.knowledge.preview(rows, ids))
+    found = dict(await edited(endpoint, opened, "preview", rows, ids, texts))
     if endpoint.opened is not opened:
         raise Refusal(503, "another run has taken over meanwhile", "the same request a second later", {"Retry-After": "1"})
-
-    def work() -> tuple[Prediction, Prediction]:
-        with opened.predictor.knowledge.lock:
-            before, after = (opened.predictor.answer(texts, False, view) for view in (now, then))
-            return before, after
-
-    before, after = await endpoint.apart(opened.worker, work)
-    answers = [
-        {"changed": differs(a, b), "before": opened.scores(a), "after": opened.scores(b)}
-        for a, b in zip(before.answers, after.answers, strict=True)
-    ]
-    return {"version": opened.version(now), "answers": answers}
-
-
-def differs(before: np.ndarray, after: np.ndarray) -> bool:
-    """Whether two answers (C,) name another label; in regression, another value."""
-    return bool(abs(before[0] - after[0]) > SAME_VALUE if len(before) == 1 else before.argmax() != after.argmax())
+    return found
 
 
 async def listing(endpoint: Endpoint, query: Mapping[str, str]) -> dict[str, Any]:
@@ -138,21 +121,10 @@ async def listing(endpoint: Endpoint, query: Mapping[str, str]) -> dict[str, Any
     if unknown:
         raise Refusal(422, f"there is no parameter {short(unknown[0])}", ", ".join(QUERY))
     offset, most = (number(query.get(name), name, *bounds) for name, bounds in PAGING.items())
-    opened = endpoint.opened
-    words, label, source = query.get("q", ""), query.get("label"), query.get("source")
-
-    def work() -> dict[str, Any]:
-        with opened.predictor.knowledge.lock:
-            opened.predictor.knowledge.refresh()
-            view = opened.predictor.knowledge.view
-            if source is not None and source not in view.sources:
-                return {"version": opened.version(view), "total": 0, "rows": []}  # nothing was added yet
-            found = view.listed(words, label, source)
-            rows = [record(view.neighbour(int(p))) for p in found[offset : offset + most]]
-            return {"version": opened.version(view), "total": len(found), "rows": rows}
-
     try:
-        return dict(await endpoint.apart(opened.worker, work))
+        return dict(
+            await endpoint.asked(endpoint.opened, "listing", query.get("q", ""), query.get("label"), query.get("source"), offset, most)
+        )
     except ConfigError as error:
         raise Refusal(422, str(error), "a label of the task") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from importlib.resources import files
@@ -40,7 +39,7 @@ from retrikt_ray.serving.api.wire import (
     Sides,
     Strict,
 )
-from retrikt_ray.serving.opened import Answers, Job
+from retrikt_ray.serving.job import Answers, Job
 from retrikt_ray.serving.replica import Endpoint
 
 Model = TypeVar("Model", bound=Strict)
@@ -55,7 +54,6 @@ IF_MATCH = {
 }
 
 
-ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 Routes = dict[str, dict[str, Handle]]  # by path and method
 
 
@@ -67,7 +65,7 @@ class Api:
 
     async def texts(self, request: Request, model: type[Model]) -> tuple[Model, Any, bool]:
         body: Any = read_body(await request.body(), model)
-        texts, many = texts_of_inputs(body, self.endpoint.predictor.task.pair, self.endpoint.args)
+        texts, many = texts_of_inputs(body, self.endpoint.opened.facts.pair, self.endpoint.args)
         return body, texts, many
 
     async def predict(self, request: Request, nested: bool = False) -> Response:
@@ -191,17 +189,10 @@ class Table:
         await response(scope, receive, send)
 
 
-class Json(JSONResponse):
-    """JSON by an encoder that is made once."""
-
-    def render(self, content: Any) -> bytes:
-        return ENCODE(content).encode()
-
-
 def answered(answers: Answers, many: bool) -> Response:
     """A list for a list, one answer for one text; with the version that it is from, and how many actors' shards it does without."""
     headers = {"X-Knowledge-Version": answers.version} | ({"X-Knowledge-Missing": str(answers.missing)} if answers.missing else {})
-    return Json(answers.items if many else answers.items[0], headers=headers)
+    return Response(f"[{','.join(answers.items)}]" if many else answers.items[0], headers=headers, media_type="application/json")
 
 
 def versioned(answer: dict[str, Any]) -> Response:
