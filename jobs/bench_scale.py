@@ -110,7 +110,7 @@ def replica(uri: str) -> None:
     """Open a run as Serve does, and answer 200 texts, one after another."""
     import asyncio
 
-    from retrikt_ray.serving.job import Job
+    from retrikt_ray.serving.answering.job import Job
     from retrikt_ray.serving.replica import Endpoint
 
     endpoint = Endpoint({"run": uri, "open": "read"})

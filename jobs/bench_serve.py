@@ -77,9 +77,9 @@ def routes(run: str, port: int, size: int) -> None:
 
         from ray import serve
 
+        from retrikt_ray.serving.answering.job import Answers, Job
         from retrikt_ray.serving.api.routes import build_api
         from retrikt_ray.serving.args import ServeArgs
-        from retrikt_ray.serving.job import Answers, Job
         from retrikt_ray.serving.metrics import Metrics
         from retrikt_ray.serving.replica import Endpoint
 

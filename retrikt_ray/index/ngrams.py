@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from retrikt_ray.index.compiled import compiled
+from retrikt_ray.index.words.compiled import compiled
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.tables import read_arrays, write_arrays
 from retrikt_ray.task.metrics import answers_of

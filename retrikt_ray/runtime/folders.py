@@ -73,9 +73,7 @@ class Folder:
     @staticmethod
     def at(uri: str | os.PathLike[str]) -> Folder:
         """A local path becomes absolute: a worker's working directory is not the driver's."""
-        text = os.fspath(uri)
-        if text.startswith("file://"):
-            text = text[len("file://") :]
+        text = os.fspath(uri).removeprefix("file://")
         return Folder(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
 
     @property
@@ -105,8 +103,7 @@ class Folder:
         """Changes whenever the file is replaced; None where it is not there."""
         try:
             if self.is_local:  # it is asked before every batch of answers
-                found = os.stat(os.path.join(self.uri, name))
-                return [found.st_mtime_ns, found.st_ino, found.st_size]
+                return [(found := os.stat(os.path.join(self.uri, name))).st_mtime_ns, found.st_ino, found.st_size]
             fs, path = self.place(name)
             info = fs.info(path)
         except FileNotFoundError:

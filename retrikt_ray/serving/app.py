@@ -11,13 +11,13 @@ from typing import Any
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.process import Process
+from retrikt_ray.serving.answering.shards import ShardGroup
 from retrikt_ray.serving.api.guard import Keys
 from retrikt_ray.serving.api.routes import build_api
 from retrikt_ray.serving.args import parse_args, parse_swap
 from retrikt_ray.serving.held import several
-from retrikt_ray.serving.process import Process
 from retrikt_ray.serving.replica import Endpoint
-from retrikt_ray.serving.shards import ShardGroup
 
 LINGER_S = 0.1
 PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries; a row's text, id and labels in memory

@@ -16,7 +16,7 @@ if os.environ.get(FOLDER):  # before the import: it decides then how figures are
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest  # noqa: E402
 from prometheus_client.multiprocess import MultiProcessCollector  # noqa: E402
 
-from retrikt_ray.serving.job import UNKNOWN, Counted  # noqa: E402
+from retrikt_ray.serving.answering.job import UNKNOWN, Counted  # noqa: E402
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 from retrikt_ray.index.spread import MissingShards
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.job import Answers, Counted, Facts, Job, seals
+from retrikt_ray.serving.answering.process import Away, Ended, Process
 from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.front import LOST
-from retrikt_ray.serving.job import Answers, Counted, Facts, Job, seals
 from retrikt_ray.serving.metrics import Metrics
-from retrikt_ray.serving.process import Away, Ended, Process
 
 if TYPE_CHECKING:
-    from retrikt_ray.serving.opened import Opened
+    from retrikt_ray.serving.answering.opened import Opened
 
 LOOK_S = 1.0  # between two looks at a run that is watched
 AGAIN_S = 30.0  # after which a run that was refused is tried again
@@ -126,7 +126,9 @@ class Endpoint:
         """As Opened."""
         if self.process:
             return self.process.open(run, self.args, like)
-        from retrikt_ray.serving.opened import Opened  # and with it all that computes, which a replica does without whose process does that
+        from retrikt_ray.serving.answering.opened import (
+            Opened,  # and with it all that computes, which a replica does without whose process does that
+        )
 
         return Opened(run, self.args, self.groups, like)
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrikt_ray.index import compiled as compiling
 from retrikt_ray.index.build import count_words, edges
+from retrikt_ray.index.words import compiled as compiling
 from retrikt_ray.index.words import kernels, lexical
 from retrikt_ray.index.words.lexical import Lexical
 from retrikt_ray.index.words.postings import Postings, counted

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from making.tiny_run import LABELS
+from retrikt_ray.serving.answering.job import Answers, Facts, Job, as_json
+from retrikt_ray.serving.answering.opened import Opened
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.job import Answers, Facts, Job, as_json
 from retrikt_ray.serving.metrics import Metrics
-from retrikt_ray.serving.opened import Opened
 from retrikt_ray.serving.replica import Endpoint
 
 ANSWER = [{"label": "positive", "score": 0.75}, {"label": "negative", "score": 0.25}]  # of a Stub to every text

@@ -26,7 +26,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replica]:
     """A replica that everything has happened to once."""
     run = str(make_run(tmp_path_factory.mktemp("runs") / "run", mixture=Mixture(0.3, 1.0, 1.0, 0.3, 4, 0.02, 4, 1.0)))
     with pytest.MonkeyPatch.context() as patch, replica(run, max_batch=4) as opened:
-        patch.setattr("retrikt_ray.serving.opened.SAMPLED_S", 1e9)
+        patch.setattr("retrikt_ray.serving.answering.opened.SAMPLED_S", 1e9)
         opened.together([("predict", {"inputs": text}) for text in ASKED])
         for route in ("explain", "retrieve", "embed"):
             assert opened.post(route, {"inputs": TEXTS}).status_code == 200

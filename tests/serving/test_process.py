@@ -23,9 +23,9 @@ from retrikt_ray.knowledge.knowledge import VersionError
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.process import Ended, Process
 from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.process import Ended, Process
 from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.task.texts import TextError
 
@@ -140,7 +140,7 @@ def test_it_ends_with_its_replica(runs: tuple[str, str]) -> None:
     code = f"""
 import time
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.process import Ended, Process
+from retrikt_ray.serving.answering.process import Ended, Process
 process = Process(lambda: None)
 process.open({runs[0]!r}, ServeArgs(run="x"))
 print(process.process.pid, flush=True)

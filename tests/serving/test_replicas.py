@@ -42,7 +42,7 @@ class Server:
 
 def answering(replica: psutil.Process) -> psutil.Process:
     """The process beside a replica that answers for it."""
-    (found,) = (p for p in replica.children() if "retrikt_ray.serving.process" in p.cmdline())
+    (found,) = (p for p in replica.children() if "retrikt_ray.serving.answering.process" in p.cmdline())
     return found
 
 

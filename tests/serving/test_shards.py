@@ -15,10 +15,10 @@ from retrikt_ray.index.spread import Gone
 from retrikt_ray.runtime.artifacts import check
 from retrikt_ray.runtime.folders import ArtifactError, Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.shards import Asked, Held, ShardGroup, spread
 from retrikt_ray.serving.app import build_app
 from retrikt_ray.serving.args import parse_args
 from retrikt_ray.serving.replica import Endpoint
-from retrikt_ray.serving.shards import Asked, Held, ShardGroup, spread
 
 
 def index(home: Path, seed: int) -> tuple[Folder, np.ndarray]:

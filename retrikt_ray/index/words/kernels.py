@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from retrikt_ray.index.compiled import compiled
+from retrikt_ray.index.words.compiled import compiled
 from retrikt_ray.index.words.postings import K1, B
 
 SCALE, BASE, SLOPE = np.float32(K1), np.float32(1 - B), np.float32(B)

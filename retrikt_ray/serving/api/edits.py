@@ -14,13 +14,13 @@ from retrikt_ray.knowledge.edit import Change, UnknownRow
 from retrikt_ray.knowledge.knowledge import VersionError
 from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.process import Away
 from retrikt_ray.serving.api.reading import Refusal
-from retrikt_ray.serving.process import Away
 from retrikt_ray.serving.replica import Endpoint
 from retrikt_ray.task.texts import Text, TextError, short
 
 if TYPE_CHECKING:
-    from retrikt_ray.serving.opened import Opened
+    from retrikt_ray.serving.answering.opened import Opened
 
 MOST_EDITS = 32  # that wait in a replica
 MOST_LISTED = 200

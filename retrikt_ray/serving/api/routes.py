@@ -15,6 +15,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from retrikt_ray import __version__
+from retrikt_ray.serving.answering.job import Answers, Job
 from retrikt_ray.serving.api import edits
 from retrikt_ray.serving.api.description import Handle, Operation, openapi
 from retrikt_ray.serving.api.guard import Guard, Keys, needed, route_of
@@ -39,7 +40,6 @@ from retrikt_ray.serving.api.wire import (
     Sides,
     Strict,
 )
-from retrikt_ray.serving.job import Answers, Job
 from retrikt_ray.serving.replica import Endpoint
 
 Model = TypeVar("Model", bound=Strict)

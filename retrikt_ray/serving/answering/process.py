@@ -1,4 +1,4 @@
-"""Runs that are open in a process of their own, beside that of a replica: `python -m retrikt_ray.serving.process` is that process.
+"""Runs that are open in a process of their own, beside that of a replica: `python -m retrikt_ray.serving.answering.process` is that process.
 
 What reads requests and writes answers, and what computes them, would wait for each other in one process: Python code of one thread runs at a
 time. Between the two go whole batches over a socket, so the way costs each request little. The process ends with its replica, and the replica
@@ -22,8 +22,8 @@ from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
 
+from retrikt_ray.serving.answering.job import Facts
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.job import Facts
 
 OPEN, CLOSE = "open", "close"  # of a run; everything else is asked of one that is open
 END_S = 5.0  # for the process to end when nobody asks any more
@@ -152,7 +152,7 @@ class Away:
 
 def main(descriptor: int) -> None:
     """Open runs and answer, until the other end is closed."""
-    from retrikt_ray.serving.opened import Opened
+    from retrikt_ray.serving.answering.opened import Opened
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the replica says when it is over
     line, sending = Connection(descriptor), threading.Lock()

@@ -20,11 +20,11 @@ from retrikt_ray.knowledge.view import Neighbour, View
 from retrikt_ray.predictor import Prediction, Predictor
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.serving.answering.job import UNKNOWN, Answers, Counted, Facts, Job, as_json, seals
+from retrikt_ray.serving.answering.shards import spread
 from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.api.wire import RetrieveBody
 from retrikt_ray.serving.args import ServeArgs
-from retrikt_ray.serving.job import UNKNOWN, Answers, Counted, Facts, Job, as_json, seals
-from retrikt_ray.serving.shards import spread
 from retrikt_ray.task.texts import Text
 
 LEAST = 1e-9  # probability of which a logarithm is told: JSON has no infinity
