@@ -4,11 +4,13 @@
 
 Each server is started anew in each of five rounds, alone on the machine, and loaded from another process; medians are told. `retrikt serve`, and
 with two replicas; a bare Serve ingress with the same settings, whose answer is a constant of the same size; that constant behind our routes,
-keys, limits and counting, which is the part that is not the answer; and the same routes and predictor in plain uvicorn, without Ray.
+keys, limits and counting, which is the part that is not the answer; the same routes and predictor in plain uvicorn, without Ray; and the teacher
+behind our routes, which answers what has come meanwhile in one pass, too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import selectors
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROUNDS, SECONDS, WARM_S, CONNECTIONS = 5, 6.0, 3.0, 32
-SYSTEMS = ("retrikt", "two replicas", "bare", "routes", "uvicorn")
+SYSTEMS = ("retrikt", "two replicas", "bare", "routes", "uvicorn", "teacher")
 
 
 def serving(port: int, deployment: Callable[[], Any]) -> None:
@@ -95,6 +97,50 @@ def routes(run: str, port: int, size: int) -> None:
                 return build_api(self, echo=False)
 
         return serve.ingress()(Constant)
+
+    serving(port, deployment)
+
+
+def teacher(run: str, port: int, size: int) -> None:
+    """Our routes over the annotator, which a thread asks about all that waits."""
+
+    def deployment() -> Any:
+        from concurrent.futures import ThreadPoolExecutor
+        from types import SimpleNamespace
+
+        from ray import serve
+
+        from retrikt_ray.serving.answering.job import Answers, Counted, Job, as_json
+        from retrikt_ray.serving.api.routes import build_api
+        from retrikt_ray.serving.args import ServeArgs
+        from retrikt_ray.serving.metrics import Metrics
+        from retrikt_ray.serving.replica import Batcher, Endpoint
+
+        class Taught(Endpoint):
+            def __init__(self) -> None:
+                from retrikt_ray.runtime.folders import Folder
+                from retrikt_ray.task.card import Task
+                from retrikt_ray.teacher.annotator import Annotator
+
+                folder = Folder.at(run)
+                self.args, self.metrics, self.active = ServeArgs(run=run, open="write"), Metrics(), 0
+                self.labels, self.teacher = Task.read(folder / "task").labels, Annotator.load(folder / "teacher")
+                self.thread = ThreadPoolExecutor(1)
+                self.opened: Any = SimpleNamespace(facts=SimpleNamespace(pair=False), ask=self.asked_of)
+                self.batcher = Batcher(lambda: self.opened, self.args.max_batch, self.metrics.count)
+
+            def asked_of(self, name: str, jobs: list[Job], since: float) -> Any:
+                return asyncio.get_running_loop().run_in_executor(self.thread, self.work, jobs, since)
+
+            def work(self, jobs: list[Job], since: float) -> tuple[list[Answers], Counted]:
+                found = self.teacher.annotate([job.texts[0] for job in jobs])[0].tolist()
+                scores = [[{"label": label, "score": score} for label, score in zip(self.labels, row, strict=True)] for row in found]
+                return [Answers([as_json(row)], "x.0") for row in scores], Counted(len(jobs), since)
+
+            def __serve_build_asgi_app__(self) -> Any:
+                return build_api(self, echo=False)
+
+        return serve.ingress()(Taught)
 
     serving(port, deployment)
 
@@ -249,5 +295,5 @@ if __name__ == "__main__":
             many, length = last.split(":")
             print(json.dumps(load(int(port_text), [request(t) for t in texts_of(run_path)], int(many), float(length))))
         else:
-            serve_it: Callable[[str, int, int], None] = {"bare": bare, "routes": routes, "uvicorn": plain}[what]
+            serve_it: Callable[[str, int, int], None] = {"bare": bare, "routes": routes, "uvicorn": plain, "teacher": teacher}[what]
             serve_it(run_path, int(port_text), int(last))
