@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
-from making.serving_local import Replica
+from making.serving_local import Replica, close_to, named, scores
 from making.tiny_run import TEXTS, make_run
 
 from retrikt_ray.knowledge.edit import UnknownRow
 from retrikt_ray.knowledge.knowledge import VersionError
+from retrikt_ray.predictor import Predictor
 from retrikt_ray.runtime.folders import ArtifactError
 from retrikt_ray.runtime.leases.lease import LeaseHeld, LeaseLost
 from retrikt_ray.runtime.settings import ConfigError
@@ -27,6 +31,7 @@ from retrikt_ray.serving.answering.process import Ended, Process
 from retrikt_ray.serving.api.reading import Refusal
 from retrikt_ray.serving.args import ServeArgs
 from retrikt_ray.serving.replica import Endpoint
+from retrikt_ray.serving.server import free_port
 from retrikt_ray.task.texts import TextError
 
 
@@ -117,6 +122,21 @@ def test_another_run_takes_over_and_one_that_cannot_be_opened_does_not(runs: tup
     assert one.endpoint.opened.facts.release != before.facts.release
 
 
+def test_a_run_that_was_given_up_answers_what_it_was_asked_and_no_more(runs: tuple[str, str], process: Process) -> None:
+    first, other = (process.open(run, ServeArgs(run=run)) for run in runs)
+
+    async def ask() -> None:
+        await first.ask("well")
+        last = first.ask("info")
+        await asyncio.to_thread(first.close)
+        assert (await last)["release"] == first.facts.release
+        with pytest.raises(RuntimeError, match="not open any more"):
+            await first.ask("info")
+        assert (await other.ask("info"))["release"] == other.facts.release
+
+    asyncio.run(ask())
+
+
 def test_its_end_is_told(runs: tuple[str, str]) -> None:
     ended = threading.Event()
     process = Process(ended.set)
@@ -134,6 +154,7 @@ def test_its_end_is_told(runs: tuple[str, str]) -> None:
             await asyncio.wait_for(opened.ask("info"), 5)
 
     asyncio.run(ask())
+    process.close()
 
 
 def test_it_ends_with_its_replica(runs: tuple[str, str]) -> None:
@@ -154,6 +175,39 @@ time.sleep(60)
     replica.kill()
     replica.wait()
     until(lambda: not own.is_running() or own.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_a_server_answers_from_such_a_process_and_survives_its_end(runs: tuple[str, str], tmp_path: Path) -> None:
+    predictor, port, home = Predictor.open(runs[0]), free_port(), tempfile.mkdtemp(prefix="serving-")
+    want = named(predictor.predict("a film", evidence=False).answers[0])
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": home}
+    command = [sys.executable, "-m", "retrikt_ray", "serve", runs[0], "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True) as server:
+        try:
+            assert server.stdout and "serving" in server.stdout.readline()
+
+            def answer() -> dict[str, float] | None:
+                try:
+                    found = httpx.post(f"http://127.0.0.1:{port}/predict", json={"inputs": "a film"}, timeout=30)
+                except httpx.TransportError:
+                    return None
+                assert (found.status_code, found.headers.get("retry-after")) in ((200, None), (503, "1"))
+                return scores(found.json()) if found.status_code == 200 else None
+
+            def processes() -> list[psutil.Process]:
+                every = psutil.Process(server.pid).children(recursive=True)
+                return [p for p in every if p.is_running() and "retrikt_ray.serving.answering.process" in p.cmdline()]
+
+            until(lambda: answer() == close_to(want), 60)
+            (before,) = processes()
+            before.kill()
+            until(lambda: not before.is_running() or before.status() == psutil.STATUS_ZOMBIE)
+            until(lambda: answer() == close_to(want) and [p for p in processes() if p.pid != before.pid], 60)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)
+            shutil.rmtree(home, ignore_errors=True)
+    assert server.returncode == 0 and not before.is_running()
 
 
 @pytest.mark.parametrize(

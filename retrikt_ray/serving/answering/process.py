@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
 from typing import Any
@@ -121,7 +122,8 @@ class Process(asyncio.Protocol):
     def close(self) -> None:
         """End it."""
         self.closed = True
-        self.socket.shutdown(socket.SHUT_RDWR)  # which those who read see, here and there
+        with suppress(OSError):  # the other end is closed already
+            self.socket.shutdown(socket.SHUT_RDWR)  # which those who read see, here and there
         try:
             self.process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -189,8 +191,10 @@ def main(descriptor: int) -> None:
         elif name == CLOSE:
             runs.pop(run).close()
             send(number, None, None)
-        else:
+        elif run in runs:
             runs[run].call(name, *args).add_done_callback(told(number))
+        else:
+            send(number, None, RuntimeError("this run is not open any more"))
 
 
 if __name__ == "__main__":
