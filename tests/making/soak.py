@@ -46,7 +46,7 @@ class Soak:
     seen: list[tuple[str, str, str, Any]] = field(default_factory=list)  # version, route, text, answer
     statuses: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    memory: dict[int, list[float]] = field(default_factory=dict)  # MB of each replica, by process
+    memory: dict[int, list[float]] = field(default_factory=dict)  # MB of each replica and of the process that answers for it, by process
     done: list[str] = field(default_factory=list)
 
     def replicas(self) -> list[psutil.Process]:
@@ -91,9 +91,9 @@ class Soak:
     # what happens
 
     async def kill(self, http: httpx.AsyncClient) -> None:
-        """A replica is ended without warning; another comes in its place."""
+        """A replica, or the process that answers for it, is ended without warning; another comes in its place."""
         victim = random.choice(self.replicas())
-        victim.kill()
+        random.choice([victim, *victim.children()]).kill()
         await self.until(lambda: len([p for p in self.replicas() if p.pid != victim.pid]) == ARGS["replicas"])
 
     async def swap(self, http: httpx.AsyncClient) -> None:
@@ -164,7 +164,8 @@ class Soak:
         while not end():
             for replica in self.replicas():
                 try:
-                    self.memory.setdefault(replica.pid, []).append(replica.memory_info().rss / 2**20)
+                    for process in (replica, *replica.children()):
+                        self.memory.setdefault(process.pid, []).append(process.memory_info().rss / 2**20)
                 except psutil.NoSuchProcess:
                     continue
             await asyncio.sleep(1)
@@ -215,7 +216,7 @@ class Soak:
                 assert answer is None or all(abs(a["score"] - want[a["label"]]) < 1e-5 for a in answer)
 
     def growth(self) -> dict[int, tuple[float, float]]:
-        """MB of each replica that was seen often: when it had settled, and at its end."""
+        """MB of each process of a replica that was seen often: when it had settled, and at its end."""
         return {
             pid: (statistics.median(mb[len(mb) // 4 : len(mb) // 2]), statistics.median(mb[-10:]))
             for pid, mb in self.memory.items()
