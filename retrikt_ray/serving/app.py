@@ -20,19 +20,21 @@ from retrikt_ray.serving.held import several
 from retrikt_ray.serving.replica import Endpoint
 
 LINGER_S = 0.1
-PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of a replica: Python with its libraries; a row's text, id and labels in memory
+PROCESS_BYTES, ROW_BYTES = 700e6, 500  # of what answers: Python with its libraries; a row's text, id and labels in memory
+ROUTES_BYTES = 300e6  # of a replica whose answers are computed in a process beside it
 
 
 def memory_of(run: Folder, groups: int) -> tuple[int, int]:
-    """Bytes that a replica is counted with, by the manifests of the run, and those of a group of shards: the process; student, index and the
+    """Bytes that a replica is counted with, by the manifests of the run, and those of a group of shards: its processes; student, index and the
     rows of the store; the group's part of the shards."""
     try:
         files = [size["bytes"] for name in ("student", "index") for size in check(run / name, only=[]).files.values()]
         shards = sum(shard["bytes"] for shard in (run / "index").read_json("index.json")["shards"]) if groups else 0
         rows = sum(check(run / "store", only=[]).rows.values())
     except (ArtifactError, OSError):  # not to be read from here: the replica will say why, or be on a node that can
-        return int(PROCESS_BYTES), int(PROCESS_BYTES)
-    return int(PROCESS_BYTES + sum(files) - shards + ROW_BYTES * rows), int(PROCESS_BYTES + shards / max(1, groups))
+        return int(PROCESS_BYTES + ROUTES_BYTES), int(PROCESS_BYTES)
+    routes = 0 if groups else ROUTES_BYTES
+    return int(PROCESS_BYTES + routes + sum(files) - shards + ROW_BYTES * rows), int(PROCESS_BYTES + shards / max(1, groups))
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -46,7 +48,7 @@ def build_app(args: dict[str, Any]) -> Any:
     parsed = parsed.model_copy(update={"run": run.uri, "runs": runs})  # a replica's working directory is another
     student_bytes, group_bytes = memory_of(run, parsed.shard_groups)
     if parsed.runs:  # counted as if they were of the size of the server's own
-        student_bytes += parsed.runs_held * (memory_of(run, 0)[0] - int(PROCESS_BYTES))
+        student_bytes += parsed.runs_held * (memory_of(run, 0)[0] - int(PROCESS_BYTES + ROUTES_BYTES))
     groups = [
         serve.deployment(
             name=f"Shards{number}",

@@ -55,7 +55,7 @@ def test_the_deployment_is_what_the_args_say(tmp_path: Path, monkeypatch: pytest
     assert deployment.init_args[0]["run"] == str(tmp_path / "runs" / "mine")  # a replica's working directory is another
     assert (deployment.num_replicas, deployment.ray_actor_options["num_cpus"]) == (2, 3)
     held = sum(size["bytes"] for name in ("student", "index") for size in check(run / name).files.values())
-    assert deployment.ray_actor_options["memory"] == 700_000_000 + held + 500 * sum(check(run / "store").rows.values())
+    assert deployment.ray_actor_options["memory"] == 1_000_000_000 + held + 500 * sum(check(run / "store").rows.values())
     assert config.max_ongoing_requests > 2 * 8 + 4  # what is too much, the replica refuses itself
     with pytest.raises(ConfigError, match=r"max_bach: there is no such key; did you mean max_batch\?"):
         build_app({"run": "x", "max_bach": 3})
