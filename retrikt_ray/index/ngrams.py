@@ -75,11 +75,12 @@ def word_key(word: str) -> int:
     return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def pair_keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Keys of word pairs from those of their words, uint64 (n,). The order counts (splitmix64's last steps)."""
+@compiled
+def pair_keys(first: Any, second: Any) -> Any:
+    """Keys of word pairs from those of their words, uint64, one or (n,). The order counts (splitmix64's last steps)."""
     mixed = first * FACTOR + second
     mixed = (mixed ^ (mixed >> np.uint64(30))) * LAST_FACTOR
-    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+    return mixed ^ (mixed >> np.uint64(31))
 
 
 def keys_of(texts: list[Text]) -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +128,7 @@ def add(
         own = np.empty(count + pairs + more_ends[q] - more_low, np.uint64)
         own[:count] = words[low : ends[q]]
         for i in range(pairs):
-            mixed = own[i] * FACTOR + own[i + 1]
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * LAST_FACTOR
-            own[count + i] = mixed ^ (mixed >> np.uint64(31))
+            own[count + i] = pair_keys(own[i], own[i + 1])
         own[count + pairs :] = more[more_low : more_ends[q]]
         own.sort()
         for i in range(len(own)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -224,8 +225,6 @@ def test_a_server_answers_from_such_a_process_and_survives_its_end(runs: tuple[s
     ],
 )
 def test_errors_go_from_one_process_to_another(error: Any) -> None:
-    import pickle
-
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
 
