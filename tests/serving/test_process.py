@@ -138,6 +138,24 @@ def test_a_run_that_was_given_up_answers_what_it_was_asked_and_no_more(runs: tup
     asyncio.run(ask())
 
 
+def test_whoever_asks_first_and_gives_up_keeps_nobody_from_an_answer(runs: tuple[str, str], process: Process) -> None:
+    """Also while another run is opened, which no loop has anything to do with yet."""
+    opened = process.open(runs[0], ServeArgs(run=runs[0]))
+
+    async def ask() -> None:
+        opening = asyncio.ensure_future(asyncio.to_thread(process.open, runs[1], ServeArgs(run=runs[1])))
+        await asyncio.sleep(0.05)
+        first = asyncio.ensure_future(opened.ask("info"))
+        await asyncio.sleep(0)
+        first.cancel()
+        found = await asyncio.wait_for(opened.ask("info"), 20)
+        other = await opening
+        assert found["release"] == opened.facts.release != other.facts.release
+        assert (await other.ask("info"))["release"] == other.facts.release
+
+    asyncio.run(ask())
+
+
 def test_its_end_is_told(runs: tuple[str, str]) -> None:
     ended = threading.Event()
     process = Process(ended.set)

@@ -43,7 +43,8 @@ class Process(asyncio.Protocol):
         """gone: called when the process has ended by itself."""
         self.gone, self.closed, self.ids = gone, False, count()
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.joining: asyncio.Task[Any] | None = None
+        self.joining: asyncio.Task[None] | None = None
+        self.opening = threading.Lock()  # whoever has it reads the socket, until a loop does
         self.asked: dict[int, asyncio.Future[Any]] = {}
         self.came = bytearray()  # what was read of messages that are not whole
         self.socket, there = socket.socketpair()
@@ -55,10 +56,15 @@ class Process(asyncio.Protocol):
 
     async def join(self) -> None:
         """Be asked from this loop from now on."""
+        self.joining = self.joining or asyncio.create_task(self.connect())
+        await asyncio.shield(self.joining)  # whoever asks first may give up; the others still wait for it
+
+    async def connect(self) -> None:
         loop = asyncio.get_running_loop()
-        self.joining = self.joining or loop.create_task(loop.create_connection(lambda: self, sock=self.socket))
-        self.transport, _ = await self.joining
+        await asyncio.to_thread(self.opening.acquire)
+        self.transport, _ = await loop.create_connection(lambda: self, sock=self.socket)
         self.loop = loop
+        self.opening.release()
 
     def data_received(self, data: bytes) -> None:
         self.came += data
@@ -100,15 +106,15 @@ class Process(asyncio.Protocol):
     def open(self, run: str, args: ServeArgs, like: Facts | None = None) -> Away:
         """As Opened, there; from another thread than that of the loop. Raises as it does."""
         number = next(self.ids)
-        if self.loop:
-            facts = self.elsewhere(number, OPEN, run, args, like).result()
-        else:
-            line = Connection(os.dup(self.socket.fileno()))
-            line.send((number, number, OPEN, (run, args, like)))
-            _, facts, error = line.recv()
-            if error:
-                raise error
-        return Away(self, number, run, facts)
+        with self.opening:
+            if not self.loop:
+                line = Connection(os.dup(self.socket.fileno()))
+                line.send((number, number, OPEN, (run, args, like)))
+                _, facts, error = line.recv()
+                if error:
+                    raise error
+                return Away(self, number, run, facts)
+        return Away(self, number, run, self.elsewhere(number, OPEN, run, args, like).result())
 
     def elsewhere(self, *asked: Any) -> Future[Any]:
         """As `ask`, from another thread than that of the loop."""
