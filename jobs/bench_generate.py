@@ -138,13 +138,14 @@ def workers(run: str) -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     shards: set[tuple[bytes, ...]] = set()
     with tempfile.TemporaryDirectory() as scratch:
-        out = Folder.at(f"{scratch}/generated")
+        out = {name: Folder.at(f"{scratch}/{name}") for name in ("generated", "scratch")}
         for _ in range(TURNS):
             for count in rates:
-                out.remove()
+                for folder in out.values():
+                    folder.remove()
                 config = opened.config.generate.model_copy(update={"workers": count, "max_tokens": 0, "max_seconds": 0, "max_cost": 0})
-                rates[count].append(generate(config, inputs, {"generated": out}, seed=opened.config.seed)["tokens_per_s"])
-                shards.add(tuple(out.read_bytes(name) for name in sorted(out.files())))
+                rates[count].append(generate(config, inputs, out, seed=opened.config.seed)["tokens_per_s"])
+                shards.add(tuple(out["scratch"].read_bytes(name) for name in out["scratch"].files()))
                 print(f"{count} workers: {rates[count][-1]:,.0f} tokens/s", flush=True)
     one, two = (statistics.median(found) for found in rates.values())
     same = "the same bytes every time" if len(shards) == 1 else f"{len(shards)} DIFFERENT sets of bytes"

@@ -25,7 +25,7 @@ SHARDS = 80
 PROGRESS = {  # what a stage writes as it goes, and about how many; prepare works on the driver alone
     "teach": ("state.json", 16),  # checkpoints
     "reinforce": ("state.json", 8),
-    "generate": ("generated/part-", SHARDS),
+    "generate": (".scratch/generate-", SHARDS),
     "harvest": ("sifted-", 6),
     "annotate": (".scratch/annotate-", SHARDS),
     "distill": ("state.json", 8),

@@ -58,7 +58,7 @@ def write_store(folder: Folder, language: str) -> tuple[Task, dict[str, int], di
     run = [{"part": i, "source": source, "rows": len(parts[i])} for i, source in enumerate(("task", "generated"))]
     reasons = decide(AnnotateConfig(), [run], folder / "task", folder / "scratch", None)
     folders = {name: folder / name for name in ("task", "generated", "scratch", "store", "rejected")}
-    kept, rejected = write([run], reasons, folders, folders, None)
+    kept, rejected = write([run], reasons, folders, folders, len(parts[0][0]["embedding"]), None)
     counts = {"kept": sum(kept.values()), "by_source": dict(kept), "rejected": dict(rejected), "generated": len(parts[1])}
     (folder / "store").write_json("store.json", counts)
     return task, dict(kept), dict(rejected)

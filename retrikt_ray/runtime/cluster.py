@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,15 +227,15 @@ def each(
 ) -> list[Any]:
     """function(*call) for every call, as Ray tasks with progress, at most as many at a time as there are workers; or, without workers, here.
 
-    cpus: what a task reserves, else a worker's share. by_reference: results stay in Ray's object store and can be passed on; a list or tuple
-    of references inside a call is resolved where the task runs.
+    cpus: what a task reserves, else a worker's share. by_reference: results stay in Ray's object store and can be passed on: of a list of
+    references inside a call the task gets one result at a time, as it asks for it, so that no node need hold them all (`fetched`).
     """
     if workers is None:
         return [function(*call) for call in calls]
     import ray
 
     def task(*call: Any) -> Any:
-        return function(*(ray.get(a) if isinstance(a, list) and a and isinstance(a[0], ray.ObjectRef) else a for a in call))
+        return function(*(fetched(a) if isinstance(a, list) else a for a in call))
 
     remote = ray.remote(num_cpus=cpus or workers.cpus)(task)
     started: list[Any] = []
@@ -253,3 +253,25 @@ def each(
                     ray.get(reference)  # a failure ends the rest at once
                 progress.advance()
     return started if by_reference else ray.get(started)
+
+
+class Fetched(Sequence[Any]):
+    """Results of tasks, each got when it is asked for, and kept by nobody."""
+
+    def __init__(self, references: list[Any]) -> None:
+        self.references = references
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, place: Any) -> Any:
+        import ray
+
+        return ray.get(self.references[place])
+
+
+def fetched(results: list[Any]) -> Sequence[Any]:
+    """Results of `each`, whether they are there or references to them."""
+    import ray
+
+    return Fetched(results) if results and isinstance(results[0], ray.ObjectRef) else results

@@ -138,9 +138,9 @@ class Folder:
         return {name: tags[0] for name, tags in self.stamps().items()}
 
     def read_bytes(self, name: str) -> bytes:
-        if (found := self.read_if_there(name)) is None:
-            raise ArtifactError(f"{self.uri}/{name} is missing")
-        return found
+        if (found := self.read_if_there(name)) is not None:
+            return found
+        raise ArtifactError(f"{self.uri}/{name} is missing")
 
     def read_if_there(self, name: str) -> bytes | None:
         """A file's bytes, None where it is not there: one request."""
@@ -189,13 +189,13 @@ class Folder:
             if not self.is_local:
                 aside.parent.rmdir()
 
-    def open(self, name: str, size: int | None = None) -> BinaryIO:
-        """A seekable handle for reading. size: of the file, where it is known. Raises ArtifactError when the file is missing."""
+    def open(self, name: str, size: int | None = None, **how: Any) -> BinaryIO:
+        """A seekable handle for reading. size: of the file, where it is known; how: for fsspec. Raises ArtifactError when the file is missing."""
         fs, path = self.place(name)
         try:
             if size is None or not self.uri.startswith(S3):
-                return fs.open(path, "rb")
-            handle = fs.open(path, "rb", size=size)
+                return fs.open(path, "rb", **how)
+            handle = fs.open(path, "rb", size=size, **how)
             handle.details = {"name": path, "size": size, "type": "file"}  # else it asks for them
             return handle
         except FileNotFoundError:
@@ -241,18 +241,18 @@ class Folder:
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """One Parquet file. Raises ArtifactError that names the file when it cannot be read as Parquet."""
-        data = self.read_bytes(name)
         try:
-            return pq.read_table(io.BytesIO(data), columns=columns)
+            return pq.read_table(io.BytesIO(self.read_bytes(name)), columns=columns)
         except (pa.ArrowInvalid, OSError, KeyError) as error:
             raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
 
     @contextmanager
-    def parquet(self, name: str, size: int | None = None) -> Iterator[pq.ParquetFile]:
-        """A Parquet file opened for reading row group by row group. size: as for `open`. Raises ArtifactError that names it when it cannot be read."""
-        with self.open(name, size) as handle:
+    def parquet(self, name: str, size: int | None = None, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
+        """A Parquet file to read row groups of, of an object store by a request each. size: as for `open`; footer: where it is known. Raises ArtifactError."""
+        exactly = {"cache_type": "none"} if self.uri.startswith(OBJECT_STORES) else {}  # else megabytes beyond are read, too
+        with self.open(name, size, **exactly) as handle:
             try:
-                yield pq.ParquetFile(handle)
+                yield pq.ParquetFile(handle, metadata=footer, pre_buffer=bool(exactly))
             except (pa.ArrowInvalid, OSError) as error:
                 raise ArtifactError(f"{self.uri}/{name} is not a readable Parquet file ({error})") from None
 

@@ -1,11 +1,11 @@
-"""Tables in Parquet files, whatever their columns: read a row group at a time, and columns of lists as matrices."""
+"""Tables in Parquet files, whatever their columns: written and read a row group at a time, and columns of lists as matrices."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -23,21 +23,27 @@ class Source:
     folder: Folder
     groups: tuple[tuple[str, int, int, int], ...]  # (file, row group in it, position of its first row, rows)
     sizes: dict[str, int]  # of the files
+    footers: dict[str, pq.FileMetaData] = field(default_factory=dict, compare=False, repr=False)  # of those opened in this process
 
     @staticmethod
     def of(folder: Folder, prefix: str = "part-") -> Source:
         """All files whose names start with `prefix`, in the order of their names. Reads their footers only."""
-        groups, first, sizes = [], 0, folder.sizes()
+        groups, first, sizes, footers = [], 0, folder.sizes(), {}
         for name, size in sorted(sizes.items()):
             if name.startswith(prefix) and name.endswith(".parquet"):
                 with folder.parquet(name, size) as file:
-                    for i in range(file.num_row_groups):
-                        rows = file.metadata.row_group(i).num_rows
-                        groups.append((name, i, first, rows))
-                        first += rows
+                    footers[name] = file.metadata
+                for i in range(footers[name].num_row_groups):
+                    rows = footers[name].row_group(i).num_rows
+                    groups.append((name, i, first, rows))
+                    first += rows
         if not groups:
             raise ArtifactError(f"{folder} holds no {prefix}*.parquet with rows")
-        return Source(folder, tuple(groups), {name: sizes[name] for name, *_ in groups})
+        return Source(folder, tuple(groups), {name: sizes[name] for name, *_ in groups}, footers)
+
+    def __reduce__(self) -> Any:
+        """It travels without the footers, which are read again where they are wanted."""
+        return Source, (self.folder, self.groups, self.sizes)
 
     @property
     def rows(self) -> int:
@@ -49,9 +55,12 @@ class Source:
         with self.parquet(self.groups[0][0]) as file:
             return file.schema_arrow
 
-    def parquet(self, name: str) -> AbstractContextManager[pq.ParquetFile]:
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """One of the files, opened."""
-        return self.folder.parquet(name, self.sizes[name])
+        with self.folder.parquet(name, self.sizes[name], self.footers.get(name)) as file:
+            self.footers.setdefault(name, file.metadata)
+            yield file
 
     def read(self, low: int, high: int, columns: tuple[str, ...]) -> Iterator[tuple[int, pa.Table]]:
         """(position of the first row, rows) of the positions low .. high - 1, a row group at a time."""
@@ -63,6 +72,13 @@ class Source:
             if begin < end:
                 with self.parquet(name) as file:
                     yield first + begin, file.read_row_group(group, columns=list(columns)).slice(begin, end - begin)
+
+
+@contextmanager
+def writing(folder: Folder, name: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A file that is written table by table, each a row group, in the memory of one: whole and there when the block ends well."""
+    with folder.create(name) as path, pq.ParquetWriter(str(path), schema, compression="zstd") as writer:
+        yield writer
 
 
 def matrix(column: Any) -> np.ndarray:

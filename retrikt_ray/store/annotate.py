@@ -1,8 +1,9 @@
 """Stage 6, annotate: the teacher labels and embeds every text; what is not good enough is kept apart with its reason.
 
 Four sources become rows of one store: the labelled task rows, unlabelled texts of the domain, passages of a corpus, and generated texts. Annotators run in a
-Ray Data actor pool, shard by shard, each writing one atomic file. What enters the store is decided after (`decide.py`), over the whole store in a fixed
-order, so that it does not depend on the number of workers.
+Ray Data actor pool, chunk by chunk, each writing one atomic file among the scratch of the run. What enters the store is decided after (`decide.py`),
+over the whole store in a fixed order, so that it does not depend on the number of workers. The files of the store are large: a part is what a task
+decides and writes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import MANIFEST, Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.tables import writing
 from retrikt_ray.store.decide import KEPT, REASONS, AnnotateConfig, decide, has_text, part_name, runs_of
 from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema, table_of
 from retrikt_ray.task.card import Task
 
-VERSION = 3
-CHUNK = 512  # rows per annotated part
+VERSION = 4
+CHUNK = 512  # rows that an annotator is handed at a time, and of a row group of the store
 PARTS = {"harvested": "corpus", "generated": "generated"}  # artifact with texts -> what their source is called
 
 
@@ -52,7 +54,7 @@ class PartWriter:
             probs, embeddings = self.annotator.annotate([(r["text"], r["text_pair"]) for r in usable], self.config.batch)
             usable = [r | {"probs": p, "embedding": e} for r, p, e in zip(usable, probs.tolist(), embeddings.tolist(), strict=True)]
         records = [{name: r.get(name) for name in ANNOTATED.names} for r in usable + empty]
-        self.scratch.write_table(f"part-{part:05d}.parquet", pa.Table.from_pylist(records, schema=ANNOTATED))
+        self.scratch.write_table(part_name(part), pa.Table.from_pylist(records, schema=ANNOTATED))
         return len(rows)
 
 
@@ -91,19 +93,19 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     # 1. annotate
     scratch, chunks, workers = out["scratch"], sources(inputs), plan(config, "annotate")
     complete = set(scratch.files())
-    missing = [c for c in chunks if part_name(c) not in complete]
+    missing = [c for c in chunks if part_name(c["part"]) not in complete]
     if missing:
         with track("annotate", sum(c["rows"] for c in missing), "rows") as progress:
             for row in pool(PartWriter, (config, inputs["teacher"], scratch, workers.threads), missing, workers):
                 progress.advance(int(row["rows"]))
 
     # 2. decide
-    runs = runs_of(chunks)
+    runs = runs_of(chunks, width := width_of(scratch))
     several = workers if len(runs) > 1 else None  # of one run tasks would take longer to start than it takes
     reasons_of = decide(config, runs, inputs["task"], scratch, several)
 
     # 3. write and count
-    by_source, reasons = write(runs, reasons_of, inputs, out, several)
+    by_source, reasons = write(runs, reasons_of, inputs, out, width, several)
     if not by_source:
         raise ConfigError(f"the store would be empty: all rows were rejected ({dict(reasons)}); loosen the keys of `annotate:`")
     kept = sum(by_source.values())
@@ -113,17 +115,26 @@ def annotate(config: AnnotateConfig, inputs: dict[str, Folder], out: dict[str, F
     return {"kept": kept, "rejected": sum(reasons.values())} | ({"reasons": dict(reasons)} if reasons else {})
 
 
-def write(
-    runs: list[list[dict[str, Any]]], reasons_of: np.ndarray, inputs: dict[str, Folder], out: dict[str, Folder], workers: Workers | None
-) -> tuple[Counter[str], Counter[str]]:
-    """Write each annotated row to `store/` or `rejected/`. Returns the rows kept by source, and those rejected by reason.
+def width_of(scratch: Folder) -> int:
+    """Of the teacher's embeddings, as the first part has them: task rows come first and have text."""
+    values = scratch.read_table(part_name(0), ["embedding"])["embedding"].to_pylist()
+    return next((len(value) for value in values if value is not None), 0)
 
-    reasons_of: as `decide` gives them. workers None: in this process.
+
+def write(
+    runs: list[list[dict[str, Any]]],
+    reasons_of: np.ndarray,
+    inputs: dict[str, Folder],
+    out: dict[str, Folder],
+    width: int,
+    workers: Workers | None,
+) -> tuple[Counter[str], Counter[str]]:
+    """Write each annotated row to `store/` or `rejected/`, a part for each run. Returns the rows kept by source, and those rejected by reason.
+
+    reasons_of: as `decide` gives them. width: of the teacher's embeddings. workers None: in this process.
     """
-    first = out["scratch"].read_table(part_name(runs[0][0]), ["embedding"])["embedding"]  # task rows come first and have text
-    width = next((len(value) for value in first.to_pylist() if value is not None), 0)
     cuts = np.cumsum([sum(chunk["rows"] for chunk in chunks) for chunks in runs])[:-1]
-    calls = [(chunks, some, inputs, out, width) for chunks, some in zip(runs, np.split(reasons_of, cuts), strict=True)]
+    calls = [(i, chunks, some, inputs, out, width) for i, (chunks, some) in enumerate(zip(runs, np.split(reasons_of, cuts), strict=True))]
     by_source, reasons = Counter[str](), Counter[str]()
     for kept, rejected in each(write_run, calls, workers, "annotate: store"):
         by_source.update(kept)
@@ -132,25 +143,29 @@ def write(
 
 
 def write_run(
-    chunks: list[dict[str, Any]], reasons_of: np.ndarray, inputs: dict[str, Folder], out: dict[str, Folder], width: int
+    number: int, chunks: list[dict[str, Any]], reasons_of: np.ndarray, inputs: dict[str, Folder], out: dict[str, Folder], width: int
 ) -> tuple[Counter[str], Counter[str]]:
-    """`write` of one run of chunks (a Ray task). width: of the teacher's embeddings."""
+    """`write` of one run of chunks, a row group for each of them (a Ray task)."""
     task = Task.read(inputs["task"])
     made_by = {source: inputs[name].read_json(MANIFEST)["fingerprint"][:16] for name, source in PARTS.items() if name in inputs}
     by_source, reasons, codes = Counter[str](), Counter[str](), iter(reasons_of.tolist())
-    for chunk in chunks:
-        kept, rejected, why = [], [], []
-        for record in out["scratch"].read_table(part_name(chunk)).to_pylist():
-            row, code = store_row(record, chunk["source"], made_by.get(chunk["source"], made_by["generated"]), task), next(codes)
-            if code == KEPT:
-                kept.append(row)
-            else:
-                rejected.append(row)
-                why.append({"reason": REASONS[code]})
-        reasons.update(w["reason"] for w in why)
-        by_source.update(row.source for row in kept)
-        out["store"].write_table(part_name(chunk), table_of(kept, store_schema(width)))
-        out["rejected"].write_table(part_name(chunk), table_of(rejected, rejected_schema(width), why))
+    schema, others = store_schema(width), rejected_schema(width)
+    with writing(out["store"], part_name(number), schema) as store, writing(out["rejected"], part_name(number), others) as aside:
+        for chunk in chunks:
+            kept, rejected, why = [], [], []
+            for record in out["scratch"].read_table(part_name(chunk["part"])).to_pylist():
+                row, code = store_row(record, chunk["source"], made_by.get(chunk["source"], made_by["generated"]), task), next(codes)
+                if code == KEPT:
+                    kept.append(row)
+                else:
+                    rejected.append(row)
+                    why.append({"reason": REASONS[code]})
+            reasons.update(w["reason"] for w in why)
+            by_source.update(row.source for row in kept)
+            if kept:
+                store.write_table(table_of(kept, schema))
+            if rejected:
+                aside.write_table(table_of(rejected, others, why))
     return by_source, reasons
 
 

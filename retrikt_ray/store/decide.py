@@ -1,22 +1,24 @@
 """Why annotated rows do not enter the store: what speaks against a row by itself, and what the whole store does, which are duplicates.
 
-The first is found run by run of chunks, in parallel; then one task, or the driver where there is one run, holds numbers of all rows (their keys,
-shingles and hashes, some 500 bytes a row) and no Python object of any. What is decided is a function of the rows and their order alone.
+All is found by tasks side by side. The first run by run of chunks; equal texts by the hash of their keys. Rows that may be near each other fall into
+one bucket of a band of their hashes, and what hangs together by such buckets is gone through by one task, whatever happens elsewhere: so what is
+decided is a function of the rows and their order alone, and is what one walk over all rows would decide. A task pulls what it wants of each run in
+turn; the most that one holds is 40 bytes for each row of the store, where rows are grouped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from retrikt_ray.runtime.cluster import Workers, each
+from retrikt_ray.runtime.cluster import Workers, each, fetched
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import Scaled
-from retrikt_ray.store.duplicates import HeldOut, Ragged, band_keys, key, near_duplicates, repeated, shingles
+from retrikt_ray.store.duplicates import BANDS, HeldOut, Ragged, band_keys, components, key, near_duplicates, repeated, shingles
 from retrikt_ray.task.texts import texts_of
 from retrikt_ray.task.words import words
 
@@ -34,7 +36,10 @@ REASONS = (  # the first of them counts, but that a duplicate is one whatever it
 )
 KEPT = len(REASONS)
 LOW, DUPLICATE, NEAR = (REASONS.index(name) for name in ("low_confidence", "duplicate", "near_duplicate"))
-RUN_ROWS = 10_000  # that a task looks at
+RUN_BYTES = 128e6  # of a part of the store, which is what a task decides and writes
+RUNS, RUN_ROWS = 8, 10_000  # parts that tasks can share: of a store that would have fewer there are so many, but not of fewer rows
+ROW_BYTES = 200  # of the store, beside its embedding
+SHARE_ROWS = 250_000  # of the store, for each task that compares rows with others
 
 
 class AnnotateConfig(Scaled):
@@ -127,28 +132,92 @@ def judge(config: AnnotateConfig, chunks: list[dict[str, Any]], task: Folder, sc
     """The annotated rows of some chunks, by themselves (a Ray task)."""
     held_out = HeldOut([t for split in ("validation", "test") for t in texts_of(task.read_table(f"{split}.parquet"))])
     return Judged.joined(
-        [judged(scratch.read_table(part_name(chunk), READ).to_pylist(), chunk["source"], held_out, config) for chunk in chunks]
+        [judged(scratch.read_table(part_name(chunk["part"]), READ).to_pylist(), chunk["source"], held_out, config) for chunk in chunks]
     )
 
 
-def resolve(parts: list[Judged], threshold: float) -> np.ndarray:
-    """Why each row is rejected, (N,) uint8, now that all are known (a Ray task). threshold: of near duplicates; 1: they are not looked for.
+def placed(parts: Iterable[Judged]) -> Iterator[tuple[int, Judged]]:
+    """Each part, and the number of its first row."""
+    first = 0
+    for part in parts:
+        yield first, part
+        first += len(part.reasons)
 
-    A row that is rejected for its label keeps no later one out.
+
+def equal(parts: Iterable[Judged], share: int, shares: int) -> np.ndarray:
+    """Of the rows whose keys are of this share, numbers of those that say what an earlier one says, (n,) (a Ray task)."""
+    keys, rows, counts = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.int64)], [np.zeros(0, bool)]
+    for first, part in placed(parts):
+        mine = np.flatnonzero((part.reasons >= LOW) & (part.keys[:, 0] % np.uint64(shares) == share))
+        keys.append(part.keys[mine])
+        rows.append(first + mine)
+        counts.append(part.reasons[mine] == KEPT)  # a row that is rejected for its label keeps no later one out
+    return np.asarray(np.concatenate(rows)[repeated(np.concatenate(keys), np.concatenate(counts))])
+
+
+def settled(parts: Iterable[Judged], equals: Iterable[np.ndarray]) -> np.ndarray:
+    """Why each row is rejected but for near duplicates, (N,) uint8 (a Ray task)."""
+    reasons = np.concatenate([np.zeros(0, np.uint8), *(part.reasons.copy() for part in parts)])
+    for rows in equals:
+        reasons[rows] = DUPLICATE
+    return reasons
+
+
+def linked(parts: Iterable[Judged], reasons: Sequence[np.ndarray], band: int) -> tuple[np.ndarray, np.ndarray]:
+    """Kept rows that follow each other in a bucket of this band: numbers of the ones and of the others, each (n,) (a Ray task). reasons: of `settled`."""
+    keys, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for first, part in placed(parts):
+        hashed = np.flatnonzero(part.sizes)
+        kept = reasons[0][first + hashed] == KEPT
+        keys.append(part.bands[kept, band])
+        rows.append(first + hashed[kept])
+    found, numbers = np.concatenate(keys), np.concatenate(rows)
+    order = np.argsort(found, kind="stable")
+    same = found[order[1:]] == found[order[:-1]]
+    return numbers[order[:-1][same]], numbers[order[1:][same]]
+
+
+def grouped(links: Iterable[tuple[np.ndarray, np.ndarray]], rows: int, shares: int) -> list[np.ndarray]:
+    """By share, the numbers, sorted, of rows that hang together by links; of about as many rows each (a Ray task)."""
+    labels = components(links, rows)
+    several = np.flatnonzero(np.bincount(labels, minlength=1)[labels] > 1)
+    members = several[np.argsort(labels[several], kind="stable")]
+    begins = np.unique(labels[members], return_index=True)[1]
+    cuts = np.searchsorted(begins * shares // max(1, len(members)), np.arange(1, shares))
+    return [np.sort(part) for part in np.split(members, np.append(begins, len(members))[cuts])]
+
+
+def near(parts: Iterable[Judged], groups: Sequence[list[np.ndarray]], share: int, threshold: float) -> np.ndarray:
+    """Of the rows of a share of `grouped`, numbers of those that nearly equal an earlier one, (n,) (a Ray task)."""
+    rows, texts, bands, own = groups[0][share], [], [np.zeros((0, BANDS), np.uint64)], [np.zeros(0, bool)]
+    for first, part in placed(parts):
+        low, high = np.searchsorted(rows, (first, first + len(part.reasons)))
+        mine = rows[low:high] - first
+        ends = np.cumsum(part.sizes)
+        texts.append(Ragged(part.shingles, ends[mine] - part.sizes[mine], ends[mine]))
+        bands.append(part.bands[np.cumsum(part.sizes > 0)[mine] - 1])
+        own.append(part.own[mine])
+    return np.asarray(rows[near_duplicates(Ragged.joined(texts), np.concatenate(own), threshold, np.concatenate(bands)) >= 0])
+
+
+def resolve(parts: list[Any], rows: int, threshold: float, workers: Workers | None, shares: int) -> np.ndarray:
+    """Why each row is rejected, (N,) uint8, now that all are known. parts: `Judged`, or references to them; rows: in all.
+
+    threshold: of near duplicates; 1: they are not looked for. shares: tasks that compare rows, which change nothing but the time.
     """
 
-    def of_all(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
+    def tasks(function: Any, calls: list[tuple[Any, ...]], label: str, by_reference: bool = True) -> list[Any]:
+        return each(function, calls, workers, f"annotate: {label}", by_reference=by_reference)
 
-    reasons, sizes = of_all("reasons"), of_all("sizes")
-    likely = np.flatnonzero(reasons >= LOW)
-    reasons[likely[repeated(of_all("keys")[likely], reasons[likely] == KEPT)]] = DUPLICATE
+    equals = tasks(equal, [(parts, share, shares) for share in range(shares)], "equal texts")
+    whole = tasks(settled, [(parts, equals)], "equal texts")
+    found = [np.zeros(0, np.int64)]
     if threshold < 1:
-        left, ends = np.flatnonzero(reasons == KEPT), np.cumsum(sizes)
-        texts = Ragged(of_all("shingles"), ends[left] - sizes[left], ends[left])
-        by_part = np.split(reasons, np.cumsum([len(part.reasons) for part in parts])[:-1])
-        bands = np.concatenate([part.bands[some[part.sizes > 0] == KEPT] for part, some in zip(parts, by_part, strict=True)])
-        reasons[left[near_duplicates(texts, of_all("own")[left], threshold, bands) >= 0]] = NEAR
+        links = tasks(linked, [(parts, whole, band) for band in range(BANDS)], "likely pairs")
+        groups = tasks(grouped, [(links, rows, shares)], "groups")
+        found = tasks(near, [(parts, groups, share, threshold) for share in range(shares)], "near duplicates", by_reference=False)
+    reasons = np.array(fetched(whole)[0])
+    reasons[np.concatenate(found)] = NEAR
     return reasons
 
 
@@ -156,16 +225,18 @@ def decide(config: AnnotateConfig, runs: list[list[dict[str, Any]]], task: Folde
     """Why each annotated row of these runs of chunks is rejected, (N,) uint8: a place in REASONS, or KEPT. workers None: in this process."""
     calls = [(config, chunks, task, scratch) for chunks in runs]
     parts = each(judge, calls, workers, "annotate: rows", by_reference=True)
-    found: np.ndarray = each(resolve, [(parts, config.near_duplicates)], workers, "annotate: duplicates")[0]
-    return found
+    rows = sum(chunk["rows"] for chunks in runs for chunk in chunks)
+    shares = max(1 if workers is None else workers.count, -(-rows // SHARE_ROWS))
+    return resolve(parts, rows, config.near_duplicates, workers, shares)
 
 
-def runs_of(chunks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Chunks in runs of about RUN_ROWS rows, in their order."""
+def runs_of(chunks: list[dict[str, Any]], width: int) -> list[list[dict[str, Any]]]:
+    """Chunks in runs, each to be a part of the store, in their order. width: of an embedding."""
+    size = min(RUN_BYTES / (4 * width + ROW_BYTES), max(RUN_ROWS, sum(chunk["rows"] for chunk in chunks) / RUNS))
     runs: list[list[dict[str, Any]]] = []
-    rows = RUN_ROWS
+    rows = 0
     for chunk in chunks:
-        if rows >= RUN_ROWS:
+        if not runs or rows >= size:
             runs.append([])
             rows = 0
         runs[-1].append(chunk)
@@ -173,5 +244,5 @@ def runs_of(chunks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return runs
 
 
-def part_name(chunk: dict[str, Any]) -> str:
-    return f"part-{chunk['part']:05d}.parquet"
+def part_name(part: int) -> str:
+    return f"part-{part:05d}.parquet"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Any
 from zlib import crc32
@@ -54,6 +54,32 @@ class Ragged(Sequence[np.ndarray]):
 
     def __getitem__(self, row: Any) -> Any:
         return self.flat[self.starts[row] : self.ends[row]]
+
+    @staticmethod
+    def joined(parts: Sequence[Ragged]) -> Ragged:
+        """The rows of all, one after another, in an array of their own."""
+        sizes = np.concatenate([np.zeros(0, np.int64), *(part.ends - part.starts for part in parts)])
+        ends = np.cumsum(sizes)
+        flat = [part.flat[spans(part.starts, part.ends)] for part in parts]
+        return Ragged(np.concatenate([np.zeros(0, np.uint32), *flat]), ends - sizes, ends)
+
+
+def spans(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers starts[0] .. ends[0] - 1, starts[1] .. and so on, one after another."""
+    sizes = ends - starts
+    return np.asarray(np.repeat(ends - np.cumsum(sizes), sizes) + np.arange(sizes.sum()))
+
+
+def components(links: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """Of each of so many rows a number that it shares with those it hangs together with, (count,). links: rows, and by row one that it is linked to."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    labels = np.arange(count)
+    for one, other in links:
+        pairs = coo_array((np.ones(len(one), bool), (labels[one], labels[other])), shape=(count, count))
+        labels = connected_components(pairs, directed=False)[1][labels]
+    return labels
 
 
 def letters(text: str) -> str:

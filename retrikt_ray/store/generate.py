@@ -1,7 +1,8 @@
 """Stage 4, generate: the store's texts, by a Ray Data pool of LM workers, every row exactly once.
 
 The work is cut into fixed shards. Row id and seed follow from (seed, shard, position) and a text from its seed, so one worker and eight give
-the same files. A shard is one Parquet file, written aside and renamed; a resumed run lists what is there and does the rest.
+the same files. A shard is a file among the scratch of the run; a resumed run lists what is there and does the rest. Shards are small, so that little
+is lost with a worker; when all are there they become the parts of `generated/`, which are large, so that who reads them asks for few files.
 A row that cannot be written is kept with its error; a budget stops the work between two shards.
 """
 
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from retrikt_ray.runtime.cluster import Workers, plan, pool
+from retrikt_ray.runtime.cluster import Workers, each, plan, pool
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.progress import track
 from retrikt_ray.runtime.settings import ConfigError, Scaled
+from retrikt_ray.runtime.tables import writing
 from retrikt_ray.store.rows import GENERATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.task.texts import split_pair
@@ -27,7 +29,9 @@ from retrikt_ray.task.texts import split_pair
 if TYPE_CHECKING:
     from retrikt_ray.store.engines import Generated
 
-VERSION = 4
+VERSION = 5
+PART_ROWS = 500_000  # of a file of `generated/`: some 64 MB
+GROUP_ROWS = 8192  # of a row group
 MOST_ERRORS = 0.01  # share of rows that may fail
 AT_ONCE = 4096  # texts that a GPU is handed at a time: it writes some hundreds side by side, and the last of them alone
 
@@ -36,7 +40,7 @@ class GenerateConfig(Scaled):
     """How many texts are generated, and how they are sampled."""
 
     rows: int = Field(8000, ge=0, description="Texts to generate, the conditions in turn. 0: the store has no generated rows.")
-    rows_per_shard: int = Field(120, ge=1, description="Texts per shard: the unit of work, of a file and of a resume.")
+    rows_per_shard: int = Field(120, ge=1, description="Texts per shard: the unit of work and of a resume.")
     temperature: float = Field(0.9, gt=0, description="Sampling temperature.")
     backend: Literal["transformers", "vllm"] = Field(
         "transformers", description="Inference engine; vllm needs the extra of that name and a GPU."
@@ -76,15 +80,19 @@ def row_seed(seed: int, shard: int, position: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:generate:{shard}:{position}".encode()).digest()[:8], "big")
 
 
+def row_id(shard: int, position: int) -> str:
+    return f"generated-{shard:05d}-{position:04d}"
+
+
 def shard_name(shard: int) -> str:
-    return f"part-{shard:05d}.parquet"
+    return f"shard-{shard:05d}.parquet"
 
 
 class ShardWriter:
     """A Ray Data actor: holds the LM and turns shard numbers into shard files. The rows it returns only count what was done."""
 
     def __init__(
-        self, config: GenerateConfig, task: Task, teacher: Folder, policy: Folder, out: Folder, seed: int, threads: int, gpus: float
+        self, config: GenerateConfig, task: Task, teacher: Folder, policy: Folder, shards: Folder, seed: int, threads: int, gpus: float
     ) -> None:
         import torch
 
@@ -93,7 +101,7 @@ class ShardWriter:
         from retrikt_ray.teacher.sampling import Sampling
 
         torch.set_num_threads(threads)
-        self.config, self.task, self.seed, self.out = config, task, seed, out
+        self.config, self.task, self.seed, self.folder = config, task, seed, shards
         card = teacher.read_json("teacher.json")
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
         order = Order(
@@ -117,7 +125,7 @@ class ShardWriter:
     def write(self, shards: list[int]) -> list[pa.Table]:
         """Generate some shards together, and write each. Raises what the engine raised where no row could be written."""
         size, classes = self.config.rows_per_shard, len(self.task.conditions)
-        places = [(shard, i) for shard in shards for i in range(min(size, self.config.rows - shard * size))]
+        places = [(shard, i) for shard in shards for i in range(rows_in(self.config, shard))]
         conditions = [(shard * size + i) % classes for shard, i in places]
         written = self.attempt(conditions, [row_seed(self.seed, shard, i) for shard, i in places])
         failures = [made for made in written if isinstance(made, Exception)]
@@ -125,10 +133,10 @@ class ShardWriter:
             raise failures[0]
         rows: dict[int, list[dict[str, Any]]] = {shard: [] for shard in shards}
         for (shard, i), condition, text in zip(places, conditions, written, strict=True):
-            rows[shard].append(self.row(f"generated-{shard:05d}-{i:04d}", condition, text))
+            rows[shard].append(self.row(row_id(shard, i), condition, text))
         tables = {shard: pa.Table.from_pylist(some, schema=GENERATED) for shard, some in rows.items()}
         for shard, table in tables.items():
-            self.out.write_table(shard_name(shard), table)
+            self.folder.write_table(shard_name(shard), table)
         return list(tables.values())
 
     def attempt(self, conditions: list[int], seeds: list[int]) -> list[Generated | Exception]:
@@ -154,6 +162,10 @@ def shard_count(config: GenerateConfig) -> int:
     return -(-config.rows // config.rows_per_shard)
 
 
+def rows_in(config: GenerateConfig, shard: int) -> int:
+    return min(config.rows_per_shard, config.rows - shard * config.rows_per_shard)
+
+
 def handed(missing: list[int], config: GenerateConfig, workers: Workers) -> list[list[int]]:
     """Shards as workers get them: one at a time on a CPU; together on a GPU, fewer towards the end, so that the workers end together."""
     most = max(1, AT_ONCE // config.rows_per_shard) if workers.gpus else 1
@@ -165,33 +177,33 @@ def handed(missing: list[int], config: GenerateConfig, workers: Workers) -> list
 
 
 def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, Folder], *, seed: int) -> dict[str, Any]:
-    """Write `generated/`: part-NNNNN.parquet, one per shard.
+    """Write `generated/`: part-NNNNN.parquet, of PART_ROWS rows each.
 
-    1. List the shards that an interrupted run left complete.  2. Generate the rest on the actor pool.  3. Check counts, ids and errors.
+    1. List the shards that an interrupted run left complete.  2. Generate the rest on the actor pool.  3. Make parts of them, and check ids and errors.
     Raises ConfigError where a budget is spent (shards stay, the next run goes on) and where too many rows failed (their shards go).
     """
     # 1. what is there
-    folder = out["generated"]
+    shards = out["scratch"]
     total = shard_count(config)
-    complete = set(folder.files())
+    complete = set(shards.files())
     missing = [s for s in range(total) if shard_name(s) not in complete]
     began, tokens = time.monotonic(), 0
     if total == 0:
-        folder.write_table("part-00000.parquet", GENERATED.empty_table())
+        out["generated"].write_table("part-00000.parquet", GENERATED.empty_table())
         return {"rows": 0}
+    workers = plan(config, "generate")
 
     # 2. the rest
     if missing:
-        workers = plan(config, "generate")
         if config.max_tokens and len(missing) < total:  # tokens count in all; time and money by the run
-            tokens = sum(folder.read_tables(columns=["tokens"])["tokens"].to_pylist())
+            tokens = sum(shards.read_tables("shard-", ["tokens"])["tokens"].to_pylist())
         task = Task.read(inputs["task"])
-        arguments = (config, task, inputs["teacher"], inputs["policy"], folder, seed, workers.threads, workers.gpus)
+        arguments = (config, task, inputs["teacher"], inputs["policy"], shards, seed, workers.threads, workers.gpus)
         with track("generate", config.rows, "rows") as progress:
             done, before = (total - len(missing)) * config.rows_per_shard, tokens
             progress.set(done)
             spent = config.spent(tokens, 0, workers.count)
-            items = [] if spent else [{"shards": shards} for shards in handed(missing, config, workers)]
+            items = [] if spent else [{"shards": some} for some in handed(missing, config, workers)]
             with closing(pool(ShardWriter, arguments, items, workers)) as finished:
                 for row in finished:
                     tokens, done, seconds = tokens + int(row["tokens"]), done + int(row["rows"]), time.monotonic() - began
@@ -205,28 +217,46 @@ def generate(config: GenerateConfig, inputs: dict[str, Folder], out: dict[str, F
                 "Run the same command with a larger limit, or with 0 for none, to go on"
             )
         tokens -= before
+    took = time.monotonic() - began
 
     # 3. exactly once
-    summary = checked(config, folder)
-    if missing:
-        summary["tokens_per_s"] = round(tokens / (time.monotonic() - began))
-    return summary
-
-
-def checked(config: GenerateConfig, folder: Folder) -> dict[str, Any]:
-    """The stage's figures, once each row is there exactly once and few have failed; else ConfigError."""
-    table = folder.read_tables(columns=["id", "error"])
-    ids = table["id"].to_pylist()
-    if len(ids) != config.rows or len(set(ids)) != config.rows:
+    size = max(1, PART_ROWS // config.rows_per_shard)
+    calls = [(config, shards, out["generated"], i, low, min(total, low + size)) for i, low in enumerate(range(0, total, size))]
+    failed: dict[str, tuple[str, int]] = {}
+    for found in each(join, calls, workers if len(calls) > 1 else None, "generate: parts"):
+        failed |= found
+    errors = sum(count for _, count in failed.values())
+    if errors > MOST_ERRORS * config.rows:
+        for name in failed:
+            shards.remove(name)
         raise ConfigError(
-            f"{folder}: {len(ids)} rows, {len(set(ids))} different ids; expected {config.rows}. Remove the folder and run again"
-        )
-    failed = [(code, error) for code, error in zip(ids, table["error"].to_pylist(), strict=True) if error]
-    if len(failed) > MOST_ERRORS * config.rows:
-        for shard in {code.split("-")[1] for code, _ in failed}:
-            folder.remove(shard_name(int(shard)))
-        raise ConfigError(
-            f"generate: {len(failed):,} of {config.rows:,} texts could not be written, more than {MOST_ERRORS:.0%}; the first, {failed[0][0]}: {failed[0][1]}. "
+            f"generate: {errors:,} of {config.rows:,} texts could not be written, more than {MOST_ERRORS:.0%}; the first, {next(iter(failed.values()))[0]}. "
             "Their shards are removed: mend the cause and run again, the others are kept"
         )
-    return {"rows": config.rows, "shards": shard_count(config)} | ({"errors": len(failed)} if failed else {})
+    summary = {"rows": config.rows, "shards": total} | ({"errors": errors} if errors else {})
+    return summary | ({"tokens_per_s": round(tokens / took)} if missing else {})
+
+
+def join(config: GenerateConfig, shards: Folder, out: Folder, part: int, low: int, high: int) -> dict[str, tuple[str, int]]:
+    """Write the shards low .. high - 1 as one part (a Ray task). Returns by name of a shard, its first error and how many of its rows have one.
+
+    Raises ConfigError for a shard that does not hold exactly its rows.
+    """
+    failed: dict[str, tuple[str, int]] = {}
+    waiting: list[pa.Table] = []
+    with writing(out, f"part-{part:05d}.parquet", GENERATED) as parts:
+        for shard in range(low, high):
+            table = shards.read_table(name := shard_name(shard))
+            ids, wanted = table["id"].to_pylist(), [row_id(shard, i) for i in range(rows_in(config, shard))]
+            if ids != wanted:
+                raise ConfigError(
+                    f"{shards}/{name}: {len(ids)} rows, {len(set(ids))} different ids; expected {wanted[0]} to {wanted[-1]}. Remove it and run again"
+                )
+            errors = [f"{code}: {error}" for code, error in zip(ids, table["error"].to_pylist(), strict=True) if error]
+            if errors:
+                failed[name] = errors[0], len(errors)
+            waiting.append(table)
+            if sum(len(some) for some in waiting) >= GROUP_ROWS or shard == high - 1:
+                parts.write_table(pa.concat_tables(waiting).combine_chunks())
+                waiting = []
+    return failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import uuid
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +14,9 @@ import pytest
 from retrikt_ray.runtime import artifacts
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
-from retrikt_ray.runtime.tables import Source
+from retrikt_ray.runtime.tables import Source, writing
 
-PARTS, ROWS = 20, 120  # a shard of the default size is a part
+PARTS, ROWS = 20, 120
 
 
 @pytest.fixture
@@ -64,6 +65,25 @@ def test_requests_of_an_artifact(requests: Callable[[Callable[[], Any]], Counter
     assert requests(folder.files).total() == 1
     assert requests(folder.read_tables).total() <= PARTS + 1
     assert requests(rows).total() <= 2 * PARTS + 1
+
+
+def test_requests_of_a_large_part(requests: Callable[[Callable[[], Any]], Counter[str]], s3: str) -> None:
+    """A row group is one request, whatever lies between the columns that are asked for; footers are read once, and again where the table has travelled."""
+    folder = Folder.at(f"{s3}/requests-{uuid.uuid4().hex[:8]}")
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(range(512 * 64), pa.float32()), 64)
+    table = pa.table({"id": [f"{i}" for i in range(512)], "text": ["a text"] * 512, "vector": vector, "source": ["task"] * 512})
+    with writing(folder, "part-00000.parquet", table.schema) as part:
+        for _ in range(PARTS):
+            part.write_table(table)
+    source = Source.of(folder)
+
+    def read(source: Source, low: int, high: int) -> None:
+        assert [found.num_rows for _, found in source.read(low * 512, high * 512, ("text", "vector"))] == [512] * (high - low)
+
+    assert requests(lambda: Source.of(folder)) == {"list_objects_v2": 1, "get_object": 1}
+    assert requests(lambda: read(source, 7, 8)) == {"get_object": 1}
+    assert requests(lambda: read(source, 0, PARTS)) == {"get_object": PARTS}
+    assert requests(lambda: read(pickle.loads(pickle.dumps(source)), 7, 10)) == {"get_object": 1 + 3}
 
 
 def test_a_place_whose_library_is_missing_is_refused_by_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
+from retrikt_ray.runtime.tables import Source
 from retrikt_ray.store.annotate import CHUNK, rows_at, sources, write
 from retrikt_ray.store.decide import KEPT, REASONS, AnnotateConfig, decide
 from retrikt_ray.store.rows import ANNOTATED
@@ -84,7 +85,7 @@ def test_passages_of_a_corpus_are_rows_like_others(tmp_path: Any) -> None:
     folders, chunks = stage(tmp_path, parts)
     folders["harvested"] = Folder.at(tmp_path / "harvested")
     folders["harvested"].write_json("manifest.json", {"fingerprint": "c" * 64})
-    by_source, reasons = write([chunks], decided(folders, [chunks]), folders, folders, None)
+    by_source, reasons = write([chunks], decided(folders, [chunks]), folders, folders, 2, None)
     assert dict(by_source) == {"task": 1, "corpus": 1} and dict(reasons) == {"leakage": 1, "duplicate": 1}
     kept = folders["store"].read_tables().to_pylist()
     assert [(r["id"], r["source"], r["asked_label"], r["created_by"]) for r in kept] == [
@@ -119,10 +120,13 @@ def test_rows_are_decided_over_the_whole_store(tmp_path: Any) -> None:
     ]
     folders, chunks = stage(tmp_path, parts)
     reasons_of = decided(folders, [chunks])
-    by_source, reasons = write([chunks[:2], chunks[2:]], reasons_of, folders, folders, None)
+    by_source, reasons = write([chunks[:2], chunks[2:]], reasons_of, folders, folders, 2, None)
     assert dict(by_source) == {"task": 2, "generated": 1}
     assert dict(reasons) == {"leakage": 2, "duplicate": 2, "empty": 1, "failed": 1, "near_duplicate": 1}
     kept = folders["store"].read_tables().to_pylist()
+    assert folders["store"].files() == folders["rejected"].files() == ["part-00000.parquet", "part-00001.parquet"]
+    groups = [(name, rows) for name, _, _, rows in Source.of(folders["rejected"]).groups]  # one of each chunk that has such rows
+    assert groups == [("part-00000.parquet", 1), ("part-00000.parquet", 2), ("part-00001.parquet", 4)]
     assert [(r["id"], r["asked_label"], r["value"], r["source"]) for r in kept] == [
         ("train-0", "yes", 1.0, "task"),
         ("train-2", "yes", 1.0, "task"),
@@ -153,6 +157,8 @@ def test_decisions_do_not_depend_on_how_rows_are_cut(cluster: None, tmp_path: An
         folders, chunks = stage(tmp_path / str(size), [("generated", records[i : i + size]) for i in range(0, 24, size)])
         runs = [chunks[i : i + 2] for i in range(0, len(chunks), 2)]
         reasons = decided(folders, runs, workers)
-        found.append((names(reasons), dict(write(runs, reasons, folders, folders, workers)[1]), folders["store"].read_tables().to_pylist()))
+        found.append(
+            (names(reasons), dict(write(runs, reasons, folders, folders, 2, workers)[1]), folders["store"].read_tables().to_pylist())
+        )
     assert found[0] == found[1] == found[2]
     assert 8 <= found[0][0].count("near_duplicate") <= 11 and found[0][0][12:] == [None] * 12

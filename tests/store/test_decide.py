@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
-from retrikt_ray.store.decide import KEPT, REASONS, RUN_ROWS, AnnotateConfig, has_text, judged, reject_reason, resolve, runs_of
-from retrikt_ray.store.duplicates import HeldOut
+from retrikt_ray.store.decide import KEPT, REASONS, RUN_ROWS, AnnotateConfig, grouped, has_text, judged, reject_reason, resolve, runs_of
+from retrikt_ray.store.duplicates import HeldOut, key, near_duplicates, shingles
 
 
 def row(text: str = "a fine film", text_pair: str | None = None, **more: Any) -> dict[str, Any]:
@@ -19,11 +20,13 @@ def reason(given: dict[str, Any], source: str = "generated", held_out: tuple[str
     return reject_reason(given, source, HeldOut([(t, None) for t in held_out]), AnnotateConfig(**config))
 
 
-def reasons(rows: list[dict[str, Any]], source: str = "generated", cuts: tuple[int, ...] = (), **config: Any) -> list[str | None]:
-    """Of all these rows, judged in parts that are cut there."""
+def reasons(
+    rows: list[dict[str, Any]], source: str = "generated", cuts: tuple[int, ...] = (), shares: int = 1, **config: Any
+) -> list[str | None]:
+    """Of all these rows, judged in parts that are cut there, and compared in so many shares."""
     c, edges = AnnotateConfig(**config), [0, *cuts, len(rows)]
     parts = [judged(rows[a:b], source, HeldOut([]), c) for a, b in pairwise(edges)]
-    return [None if code == KEPT else REASONS[code] for code in resolve(parts, c.near_duplicates).tolist()]
+    return [None if code == KEPT else REASONS[code] for code in resolve(parts, len(rows), c.near_duplicates, None, shares).tolist()]
 
 
 def test_has_text() -> None:
@@ -56,14 +59,68 @@ def test_near_duplicates_are_those_of_rows_that_are_kept() -> None:
     assert reasons(rows, "task") == [None, None, "duplicate", "duplicate", None]  # the user's own rows stay
 
 
+def walked(rows: list[dict[str, Any]]) -> list[str | None]:
+    """What a walk over all rows decides: of those that repeat none before, which are near one that is kept."""
+    seen: set[tuple[int, int]] = set()
+    found: list[str | None] = []
+    for text in rows:
+        found.append("duplicate" if (code := key(text["text"], text["text_pair"])) in seen else None)
+        seen.add(code)
+    left = [i for i, name in enumerate(found) if name is None]
+    twins = near_duplicates([shingles((rows[i]["text"], rows[i]["text_pair"])) for i in left], np.zeros(len(left), bool), 0.8)
+    for i, twin in zip(left, twins.tolist(), strict=True):
+        found[i] = None if twin < 0 else "near_duplicate"
+    return found
+
+
+@pytest.mark.parametrize("shares", [1, 2, 7, 100])
+def test_shares_decide_as_a_walk_over_all_rows(shares: int) -> None:
+    """Texts that were copied with a word changed, time and again, and equal ones, over parts of all sizes, some of them empty."""
+    rng = np.random.default_rng(shares)
+    texts: list[list[str]] = []
+    for i in range(300):
+        text = list(texts[rng.integers(i)]) if i > 40 else [f"w{w}" for w in rng.integers(0, 300, rng.integers(5, 40))]
+        if i > 40 and rng.random() < 0.8:
+            text[rng.integers(len(text))] = f"w{rng.integers(300)}"
+        texts.append(text)
+    rows = [row(" ".join(text)) for text in texts]
+    cuts = tuple(sorted(rng.integers(0, 300, 9).tolist())) + (300,)
+    expected = walked(rows)
+    assert reasons(rows, cuts=cuts, shares=shares) == expected
+    assert expected.count("duplicate") > 20 and expected.count("near_duplicate") > 50 and expected.count(None) > 60
+
+
+def test_what_hangs_together_is_of_one_share() -> None:
+    links = [(np.array([0, 5]), np.array([3, 6])), (np.array([3]), np.array([7])), (np.array([2]), np.array([8]))]
+    for shares in (1, 2, 3, 5):
+        groups = [part.tolist() for part in grouped(links, 10, shares)]
+        assert len(groups) == shares and sorted(chain.from_iterable(groups)) == [0, 2, 3, 5, 6, 7, 8]  # the others are linked to none
+        assert all(set(group) <= set(part) or not set(group) & set(part) for group in ([0, 3, 7], [5, 6], [2, 8]) for part in groups)
+        assert all(part == sorted(part) for part in groups)
+    assert [len(part) for part in grouped(links, 10, 2)] == [5, 2]
+    assert [part.tolist() for part in grouped([], 0, 2)] == [[], []]
+
+
 def test_nothing_is_decided_over_nothing() -> None:
-    assert reasons([]) == [] and reasons([row("")]) == ["empty"]
+    assert reasons([]) == reasons([], shares=3) == [] and reasons([row("")], shares=2) == ["empty"]
 
 
-@pytest.mark.parametrize(("sizes", "expected"), [([512] * 3, [3]), ([6000] * 5, [2, 2, 1]), ([RUN_ROWS, 1], [1, 1]), ([], [])])
-def test_chunks_are_taken_in_runs(sizes: list[int], expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "width", "expected"),
+    [
+        ([512] * 3, 64, [3]),
+        ([6000] * 5, 64, [2, 2, 1]),  # of RUN_ROWS at least
+        ([RUN_ROWS, 1], 64, [1, 1]),
+        ([10_000] * 32, 64, [4] * 8),  # as many as RUNS
+        ([10_000] * 32, 384, [4] * 8),
+        ([10_000] * 96, 384, [8] * 12),  # as large as RUN_BYTES: 73,733 rows
+        ([1000] * 96, 4096, [8] * 12),  # 7,719 rows
+        ([], 64, []),
+    ],
+)
+def test_chunks_are_taken_in_runs(sizes: list[int], width: int, expected: list[int]) -> None:
     chunks = [{"part": i, "rows": size} for i, size in enumerate(sizes)]
-    runs = runs_of(chunks)
+    runs = runs_of(chunks, width)
     assert [len(run) for run in runs] == expected and [chunk for run in runs for chunk in run] == chunks
 
 

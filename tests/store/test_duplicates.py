@@ -198,5 +198,7 @@ def test_rows_in_one_array_and_known_hashes_give_the_same_twins() -> None:
     ends = np.cumsum([len(row) for row in rows])
     flat = Ragged(np.concatenate(rows), ends - [len(row) for row in rows], ends)
     assert [row.tolist() for row in flat] == [row.tolist() for row in rows] and len(flat) == 8
+    some = Ragged.joined([Ragged(flat.flat, flat.starts[[6, 2]], flat.ends[[6, 2]]), Ragged(flat.flat, flat.starts[:0], flat.ends[:0])])
+    assert [row.tolist() for row in some] == [rows[6].tolist(), rows[2].tolist()] and len(some.flat) == len(rows[6]) + len(rows[2])
     twins = near_duplicates(rows, np.zeros(8, bool), 0.7)
     assert (twins[1:] >= 0).all() and near_duplicates(flat, np.zeros(8, bool), 0.7, band_keys(rows)).tolist() == twins.tolist()

@@ -13,9 +13,21 @@ from pydantic import ValidationError
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.settings import ConfigError
+from retrikt_ray.runtime.tables import Source
 from retrikt_ray.store import generate as stage
 from retrikt_ray.store.engines import ENGINES, Generated, Order
-from retrikt_ray.store.generate import GenerateConfig, ShardWriter, generate, handed, row_seed, shard_count, shard_name
+from retrikt_ray.store.generate import (
+    GenerateConfig,
+    ShardWriter,
+    generate,
+    handed,
+    join,
+    row_id,
+    row_seed,
+    rows_in,
+    shard_count,
+    shard_name,
+)
 from retrikt_ray.store.rows import GENERATED
 from retrikt_ray.task.card import Task
 from retrikt_ray.teacher.prompts import save_prompts
@@ -28,49 +40,72 @@ def test_a_rows_seed_follows_from_run_shard_and_position() -> None:
 
 def test_shards() -> None:
     assert [shard_count(GenerateConfig(rows=n, rows_per_shard=8)) for n in (0, 1, 8, 9)] == [0, 1, 1, 2]
-    assert shard_name(12) == "part-00012.parquet"
+    assert shard_name(12) == "shard-00012.parquet"
 
 
-def sealed(folder: Folder, shards: list[list[str]], **errors: str) -> dict[str, int]:
-    """What the stage makes of a folder in which all shards lie already; errors: by id of the row."""
+IDS = [[row_id(shard, i) for i in range(2)] for shard in range(2)]
+
+
+def sealed(path: Path, shards: list[list[str]], **errors: str) -> dict[str, int]:
+    """What the stage makes of shards that are there already; errors: by id of the row."""
+    out = {name: Folder.at(path / name) for name in ("generated", "scratch")}
     for number, ids in enumerate(shards):
         rows = [
             {"id": code, "text": "a text", "text_pair": None, "condition": 0, "finished": True, "tokens": 3, "error": errors.get(code)}
             for code in ids
         ]
-        folder.write_table(shard_name(number), pa.Table.from_pylist(rows, schema=GENERATED))
-    return generate(GenerateConfig(rows=4, rows_per_shard=2), {}, {"generated": folder}, seed=0)
+        out["scratch"].write_table(shard_name(number), pa.Table.from_pylist(rows, schema=GENERATED))
+    return generate(GenerateConfig(rows=4, rows_per_shard=2, workers=2), {}, out, seed=0)
 
 
-def test_complete_shards_are_not_made_again(tmp_path: Path) -> None:
-    assert sealed(Folder.at(tmp_path), [["a", "b"], ["c", "d"]]) == {"rows": 4, "shards": 2}
+@pytest.mark.parametrize(("part_rows", "parts"), [(500, [4]), (3, [2, 2]), (1, [2, 2])])
+def test_complete_shards_become_parts(
+    part_rows: int, parts: list[int], cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "PART_ROWS", part_rows)
+    assert sealed(tmp_path, IDS) == {"rows": 4, "shards": 2}
+    made = Folder.at(tmp_path / "generated")
+    assert [made.read_table(name).num_rows for name in made.files()] == parts
+    assert made.files() == [f"part-{i:05d}.parquet" for i in range(len(parts))] and made.read_tables()["id"].to_pylist() == [
+        *IDS[0],
+        *IDS[1],
+    ]
 
 
-@pytest.mark.parametrize(
-    ("shards", "found"), [([["a", "b"], ["c"]], "3 rows, 3 different ids"), ([["a", "b"], ["b", "c"]], "4 rows, 3 different ids")]
-)
-def test_a_lost_or_doubled_row_is_refused(shards: list[list[str]], found: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{found}; expected 4. Remove the folder and run again"):
-        sealed(Folder.at(tmp_path), shards)
+def test_shards_of_a_part_share_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, shards, out = GenerateConfig(rows=9, rows_per_shard=2), Folder.at(tmp_path / "shards"), Folder.at(tmp_path / "out")
+    for shard in range(5):
+        rows = [{"id": row_id(shard, i), "text": f"{shard}{i}"} for i in range(rows_in(config, shard))]
+        shards.write_table(shard_name(shard), pa.Table.from_pylist(rows, schema=GENERATED))
+    monkeypatch.setattr(stage, "GROUP_ROWS", 4)
+    assert join(config, shards, out, 0, 0, 5) == {}
+    assert [rows for *_, rows in Source.of(out).groups] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("shard", "found"), [(["generated-00001-0000"], "1 rows, 1"), (["generated-00001-0000"] * 2, "2 rows, 1")])
+def test_a_lost_or_doubled_row_is_refused(shard: list[str], found: str, cluster: None, tmp_path: Path) -> None:
+    expected = "different ids; expected generated-00001-0000 to generated-00001-0001. Remove it and run again"
+    with pytest.raises(ConfigError, match=rf"shard-00001.parquet: {found} {expected}"):
+        sealed(tmp_path, [IDS[0], shard])
+    assert not Folder.at(tmp_path / "generated").files()
 
 
 def test_no_rows_are_an_empty_table(tmp_path: Path) -> None:
-    folder = Folder.at(tmp_path)
-    assert generate(GenerateConfig(rows=0), {}, {"generated": folder}, seed=0) == {"rows": 0}
-    assert folder.read_tables().schema == GENERATED and folder.read_tables().num_rows == 0
+    out = {name: Folder.at(tmp_path / name) for name in ("generated", "scratch")}
+    assert generate(GenerateConfig(rows=0), {}, out, seed=0) == {"rows": 0}
+    assert out["generated"].read_tables().schema == GENERATED and out["generated"].read_tables().num_rows == 0
 
 
-def test_few_failed_rows_are_told_and_many_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, codes = Folder.at(tmp_path), ["generated-00000-0000", "generated-00000-0001", "generated-00001-0000", "generated-00001-0001"]
-    errors = {codes[2]: "MemoryError: no room"}
+def test_few_failed_rows_are_told_and_many_end_the_run(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {IDS[1][0]: "MemoryError: no room"}
     with pytest.raises(
         ConfigError, match=r"1 of 4 texts could not be written, more than 1%; the first, generated-00001-0000: MemoryError: no room"
     ) as told:
-        sealed(folder, [codes[:2], codes[2:]], **errors)
+        sealed(tmp_path, IDS, **errors)
     assert "mend the cause and run again" in str(told.value)
-    assert [name for name in folder.files() if name.startswith("part-")] == ["part-00000.parquet"]  # the others are kept
+    assert Folder.at(tmp_path / "scratch").files() == ["shard-00000.parquet"]  # the others are kept
     monkeypatch.setattr(stage, "MOST_ERRORS", 0.25)
-    assert sealed(folder, [codes[:2], codes[2:]], **errors) == {"rows": 4, "shards": 2, "errors": 1}
+    assert sealed(tmp_path, IDS, **errors) == {"rows": 4, "shards": 2, "errors": 1}
 
 
 class Scripted:
@@ -112,7 +147,7 @@ def test_an_engine_that_writes_nothing_ends_the_run_with_its_own_error(writer: S
     monkeypatch.setattr(Scripted, "bad", 1)
     with pytest.raises(MemoryError, match="no room"):
         writer.write([0])
-    assert not writer.out.files()
+    assert not writer.folder.files()
 
 
 def test_shards_that_are_written_together_are_the_same(writer: ShardWriter) -> None:
@@ -120,7 +155,7 @@ def test_shards_that_are_written_together_are_the_same(writer: ShardWriter) -> N
     assert [table.num_rows for table in alone] == [8, 8, 3] and writer.engine.asked == [8, 8, 3]
     assert writer({"shards": [[0, 2], [1]]}) == {"rows": [8, 3, 8], "tokens": [16, 6, 16]} and writer.engine.asked[3:] == [19]
     assert writer.write([0, 2, 1]) == [alone[0], alone[2], alone[1]]
-    assert [writer.out.read_table(shard_name(shard)) for shard in (0, 1, 2)] == alone
+    assert [writer.folder.read_table(shard_name(shard)) for shard in (0, 1, 2)] == alone
 
 
 def test_what_a_worker_is_handed() -> None:
