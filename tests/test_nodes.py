@@ -27,7 +27,7 @@ PROGRESS = {  # what a stage writes as it goes, and about how many; prepare work
     "reinforce": ("state.json", 8),
     "generate": (".scratch/generate-", SHARDS),
     "harvest": ("sifted-", 6),
-    "annotate": (".scratch/annotate-", SHARDS),
+    "annotate": (".scratch/annotate-", 8),
     "distill": ("state.json", 8),
     "index": ("index/", 10),
     "evaluate": ("report/draft.json", 1),

@@ -24,7 +24,11 @@ from retrikt_ray.store.rows import ANNOTATED, Row, rejected_schema, store_schema
 from retrikt_ray.task.card import Task
 
 VERSION = 4
-CHUNK = 512  # rows that an annotator is handed at a time, and of a row group of the store
+CHUNK, LEAST, CHUNKS = (
+    512,
+    64,
+    48,
+)  # rows that an annotator is handed at a time: at most, at least, and of a small store so that there are so many times
 PARTS = {"harvested": "corpus", "generated": "generated"}  # artifact with texts -> what their source is called
 
 
@@ -67,21 +71,27 @@ def rows_at(folder: Folder, name: str, start: int, count: int) -> pa.Table:
         return file.read_row_groups(list(range(first, last + 1))).slice(start - before, count)
 
 
+def chunk_rows(total: int) -> int:
+    """Rows that an annotator is handed at a time, and of a row group of the store: few of a small one, so that its workers end together."""
+    return min(CHUNK, max(LEAST, total // CHUNKS))
+
+
 def sources(inputs: dict[str, Folder]) -> list[dict[str, Any]]:
     """Chunks of all source files, in the order in which duplicates are resolved: task rows first, generated ones last."""
-    chunks: list[dict[str, Any]] = []
     sizes = {artifact: inputs[artifact].sizes() for artifact in ("task", *PARTS) if artifact in inputs}
     files = [("task", "train.parquet", "task"), ("task", "unlabelled.parquet", "unlabelled")]
     for artifact, source in PARTS.items():
         files += [(artifact, name, source) for name in sorted(sizes.get(artifact, ())) if name.startswith("part-")]
-    for artifact, name, source in files:
-        folder = inputs[artifact]
-        with folder.parquet(name, sizes[artifact][name]) as file:
-            count = file.metadata.num_rows
-        for start in range(0, count, CHUNK):
-            chunks.append(
-                {"part": len(chunks), "uri": folder.uri, "name": name, "start": start, "source": source, "rows": min(CHUNK, count - start)}
-            )
+    counts = []
+    for artifact, name, _ in files:
+        with inputs[artifact].parquet(name, sizes[artifact][name]) as file:
+            counts.append(file.metadata.num_rows)
+    size = chunk_rows(sum(counts))
+    chunks: list[dict[str, Any]] = []
+    for (artifact, name, source), count in zip(files, counts, strict=True):
+        for start in range(0, count, size):
+            where = {"uri": inputs[artifact].uri, "name": name, "start": start, "source": source, "rows": min(size, count - start)}
+            chunks.append({"part": len(chunks)} | where)
     return chunks
 
 

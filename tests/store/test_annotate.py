@@ -7,18 +7,25 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from retrikt_ray.runtime.cluster import Workers
 from retrikt_ray.runtime.folders import Folder
 from retrikt_ray.runtime.tables import Source
-from retrikt_ray.store.annotate import CHUNK, rows_at, sources, write
+from retrikt_ray.store import annotate as annotating
+from retrikt_ray.store.annotate import CHUNK, chunk_rows, rows_at, sources, write
 from retrikt_ray.store.decide import KEPT, REASONS, AnnotateConfig, decide
 from retrikt_ray.store.rows import ANNOTATED
 from retrikt_ray.task.card import Task
 
 
-def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: Any) -> None:
+def test_workers_share_a_small_store() -> None:
+    assert [chunk_rows(total) for total in (0, 1000, 6000, 24_576, 10**7)] == [64, 64, 125, 512, 512]
+
+
+def test_sources_come_in_the_order_in_which_duplicates_are_resolved(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Task rows first, generated ones last; long files in chunks; every row in exactly one of them."""
+    monkeypatch.setattr(annotating, "CHUNKS", 1)
     task, generated = Folder.at(tmp_path / "task"), Folder.at(tmp_path / "generated")
     for folder, name, rows in (
         (generated, "part-00001.parquet", 3),
