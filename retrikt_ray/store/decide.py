@@ -165,10 +165,10 @@ def settled(parts: Iterable[Judged], equals: Iterable[np.ndarray]) -> np.ndarray
 
 def linked(parts: Iterable[Judged], reasons: Sequence[np.ndarray], band: int) -> tuple[np.ndarray, np.ndarray]:
     """Kept rows that follow each other in a bucket of this band: numbers of the ones and of the others, each (n,) (a Ray task). reasons: of `settled`."""
-    keys, rows = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    keys, rows, of_all = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], reasons[0]
     for first, part in placed(parts):
         hashed = np.flatnonzero(part.sizes)
-        kept = reasons[0][first + hashed] == KEPT
+        kept = of_all[first + hashed] == KEPT
         keys.append(part.bands[kept, band])
         rows.append(first + hashed[kept])
     found, numbers = np.concatenate(keys), np.concatenate(rows)
@@ -194,7 +194,7 @@ def near(parts: Iterable[Judged], groups: Sequence[list[np.ndarray]], share: int
         low, high = np.searchsorted(rows, (first, first + len(part.reasons)))
         mine = rows[low:high] - first
         ends = np.cumsum(part.sizes)
-        texts.append(Ragged(part.shingles, ends[mine] - part.sizes[mine], ends[mine]))
+        texts.append(Ragged.joined([Ragged(part.shingles, ends[mine] - part.sizes[mine], ends[mine])]))  # a copy: the part may go
         bands.append(part.bands[np.cumsum(part.sizes > 0)[mine] - 1])
         own.append(part.own[mine])
     return np.asarray(rows[near_duplicates(Ragged.joined(texts), np.concatenate(own), threshold, np.concatenate(bands)) >= 0])
