@@ -3,7 +3,7 @@
 All is found by tasks side by side. The first run by run of chunks; equal texts by the hash of their keys. Rows that may be near each other fall into
 one bucket of a band of their hashes, and what hangs together by such buckets is gone through by one task, whatever happens elsewhere: so what is
 decided is a function of the rows and their order alone, and is what one walk over all rows would decide. A task pulls what it wants of each run in
-turn; the most that one holds is 40 bytes for each row of the store, where rows are grouped.
+turn; the most that one holds is some 60 bytes for each row of the store, where the buckets of a band are found.
 """
 
 from __future__ import annotations
