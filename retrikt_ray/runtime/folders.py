@@ -31,7 +31,7 @@ PACKAGED = Path(__file__).parents[1] / "quickstart"  # the task and the language
 OBJECT_STORES = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://")  # which know no directories
 S3 = ("s3://", "s3a://")
 S3_ONCE = {"max_concurrency": 1}  # else it asks for the size first, to see whether it should ask for pieces side by side
-PIECE = 16 << 20  # bytes that are asked for at a time, and held
+PIECE = 8 << 20  # bytes that are asked for at a time, and held
 MANIFEST = "manifest.json"  # written last: the folder is complete
 
 
