@@ -9,7 +9,7 @@ prior, so that what they say is kept beside what the store says.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,12 @@ def counted(source: Source, positions: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(keys), np.concatenate(rows), np.concatenate(labels)
 
 
-def learnt(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]], some: np.ndarray) -> Memory:
+def learnt(parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], some: np.ndarray) -> Memory:
     """The memory of some of the rows that were counted, (n,) bool (a Ray task)."""
-    keys, labels = np.concatenate([p[0] for p in parts]), np.concatenate([p[2] for p in parts])
-    firsts = np.cumsum([0, *(len(p[2]) for p in parts)])[:-1]
-    rows = np.concatenate([row + first for (_, row, _), first in zip(parts, firsts, strict=True)])
+    found, numbers, taught = zip(*parts, strict=True)
+    keys, labels = np.concatenate(found), np.concatenate(taught)
+    firsts = np.cumsum([0, *map(len, taught)])[:-1]
+    rows = np.concatenate([row + first for row, first in zip(numbers, firsts, strict=True)])
     held = some[rows]
     return of_rows(keys[held], (np.cumsum(some) - 1)[rows[held]], labels[some])
 

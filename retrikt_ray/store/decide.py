@@ -210,7 +210,7 @@ def resolve(parts: list[Any], rows: int, threshold: float, workers: Workers | No
         return each(function, calls, workers, f"annotate: {label}", by_reference=by_reference)
 
     equals = tasks(equal, [(parts, share, shares) for share in range(shares)], "equal texts")
-    whole = tasks(settled, [(parts, equals)], "equal texts")
+    whole = tasks(settled, [(parts, equals)], "reasons")
     found = [np.zeros(0, np.int64)]
     if threshold < 1:
         links = tasks(linked, [(parts, whole, band) for band in range(BANDS)], "likely pairs")

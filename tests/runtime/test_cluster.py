@@ -218,3 +218,20 @@ def test_each_gives_results_in_order_and_ends_with_the_first_failure(cluster: No
     assert each(pow, [(2, 3)], None, "powers") == [8]  # here
     with pytest.raises(ZeroDivisionError):
         each(divmod, [(1, 1), (1, 0)], Workers(1, 1, 0), "divide")
+
+
+def test_a_task_gets_one_result_of_others_at_a_time(cluster: None) -> None:
+    """Whether they are references or there; and those that it does not ask for not at all: here one that failed."""
+
+    def inverse(number: int) -> float:
+        return 1 / number
+
+    def first(results: Any) -> tuple[float, int]:
+        return next(iter(results)), len(results)
+
+    workers = Workers(2, 1, 0)
+    made = each(inverse, [(2,), (0,)], workers, "made", by_reference=True)
+    assert each(first, [(made,)], workers, "first") == [(0.5, 2)]
+    with pytest.raises(ZeroDivisionError):
+        each(list, [(made,)], workers, "all")
+    assert each(first, [([0.25, 4],)], workers, "there") == each(first, [([0.25, 4],)], None, "here") == [(0.25, 2)]
